@@ -1,0 +1,215 @@
+"""The typed configuration of a run: every key a user can set, with its type and unit.
+
+Plain dataclasses without behaviour. Hydra composes YAML files of ``conf/`` into
+``Config`` (see ``compose.py``); ``validate.py`` refuses impossible combinations.
+Model keys carry the names of Hugging Face's DeepSeek-V3 configuration, so that
+``conf/model/k2.yaml`` can be held against the released ``config.json`` line by line.
+No torch import here: a wrong key must be reported in well under two seconds.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class RopeScalingConfig:
+    """YaRN (arXiv 2309.00071) as DeepSeek-V3 reads it; absent means plain RoPE."""
+
+    type: str = "yarn"
+    factor: float = MISSING
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+
+@dataclass
+class ModelConfig:
+    """One model of the DeepSeek-V3/Kimi-K2 family. Widths are in elements."""
+
+    name: str = MISSING
+    # The dial of the small presets (number of attention heads); see config/family.py.
+    dial: int | None = None
+    vocab_size: int = MISSING
+    hidden_size: int = MISSING
+    num_hidden_layers: int = MISSING
+    # attention (MLA)
+    num_attention_heads: int = MISSING
+    q_lora_rank: int | None = None  # None: q_proj instead of q_a_proj, q_b_proj
+    kv_lora_rank: int = MISSING
+    qk_nope_head_dim: int = MISSING
+    qk_rope_head_dim: int = MISSING
+    v_head_dim: int = MISSING
+    max_position_embeddings: int = MISSING
+    rope_theta: float = 50000.0
+    rope_scaling: RopeScalingConfig | None = None
+    # dense and expert MLPs
+    intermediate_size: int = MISSING  # SwiGLU width of the first dense layers
+    first_k_dense_replace: int = 1
+    moe_intermediate_size: int = MISSING  # SwiGLU width of one expert
+    n_routed_experts: int = MISSING
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = MISSING
+    # router
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.827
+    scoring_func: str = "sigmoid"
+    topk_method: str = "noaux_tc"
+    aux_loss_alpha: float = 0.001  # sequence-wise auxiliary loss; 0 switches it off
+    # the rest
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    num_nextn_predict_layers: int = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+
+@dataclass
+class OptimizerConfig:
+    """MuonClip (arXiv 2507.20534, Algorithm 1) and AdamW for the non-matrix parameters."""
+
+    name: str = "muonclip"
+    lr: float = 2e-4  # peak; the schedule's stages are fractions of it
+    weight_decay: float = 0.1
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_coefficients: str = "keller5"  # a table of optim/newton_schulz.py
+    update_rms: float = 0.2  # Muon's update is scaled by this x sqrt(max(rows, cols))
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_eps: float = 1e-8
+    qk_clip_threshold: float | None = 100.0  # tau; null switches QK-Clip off
+    grad_clip: float | None = 1.0  # global norm; null switches clipping off
+    router_bias_rate: float = 0.001  # u of the aux-loss-free balancing; 0 freezes the bias
+
+
+@dataclass
+class StageConfig:
+    """One stage of the learning-rate schedule, counted in tokens or in steps (exactly one)."""
+
+    name: str = MISSING
+    shape: str = MISSING  # linear | constant | cosine
+    tokens: int | None = None
+    steps: int | None = None
+    to: float = 1.0  # learning rate at the stage's end, as a fraction of optimizer.lr
+
+
+@dataclass
+class ScheduleConfig:
+    """How long a run is, how large a step is, and what happens every so many steps."""
+
+    global_batch_size: int = MISSING  # sequences a step
+    micro_batch_size: int = MISSING  # sequences a microbatch
+    max_steps: int | None = None  # stops here even if stages go on; null: the stages' end
+    stages: list[StageConfig] = field(default_factory=list)
+    eval_interval: int = 50  # steps; 0 never
+    eval_sequences: int = 64  # held-out windows read at each evaluation
+    checkpoint_interval: int = 100  # steps; 0 only at the end
+    keep_checkpoints: int = 2
+    sample_tokens: int = 120  # length of the sample generated at the end; 0 none
+
+
+@dataclass
+class TokenizerConfig:
+    """Which tokenizer turns text into ids; `path` for the kinds that read a file."""
+
+    kind: str = MISSING  # bytes | bpe | tiktoken
+    path: str | None = None
+    vocab_size: int | None = None  # of a BPE trained here
+
+
+@dataclass
+class DomainConfig:
+    """One domain of prepared tokens: `<path>.bin/.idx` for training and for held-out loss."""
+
+    train: str = MISSING
+    heldout: str | None = None
+
+
+@dataclass
+class MixtureStageConfig:
+    """Domain weights for a number of tokens; the last stage may leave `tokens` open."""
+
+    weights: dict[str, float] = field(default_factory=dict)
+    tokens: int | None = None
+
+
+@dataclass
+class DataConfig:
+    """Where tokens come from and in which order they are read (design 4.8)."""
+
+    name: str = MISSING
+    root: str = MISSING  # prepared corpora live below; relative domain paths start here
+    recipe: str | None = None  # a corpus this package can build offline, e.g. `default`; null: files only
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    domains: dict[str, DomainConfig] = field(default_factory=dict)
+    mixture: list[MixtureStageConfig] = field(default_factory=list)
+    sequence_length: int = MISSING  # tokens a window; a sample holds one more for the labels
+    document_mask: bool = True  # attention stays inside a document
+
+
+@dataclass
+class ParallelConfig:
+    """Ranks a dimension. `dp` counts replicas of the dense parameters (edp x ep)."""
+
+    pp: int = 1
+    vpp: int = 1
+    ep: int = 1
+    dp: int = 1
+    schedule: str = "none"
+
+
+@dataclass
+class ActivationConfig:
+    """What a layer keeps for backward."""
+
+    policy: str = "none"
+
+
+@dataclass
+class ClusterConfig:
+    """Facts about the machine. Peaks in FLOP/s; null means: measure a matmul at start."""
+
+    name: str = MISSING
+    peak_flops: float | None = None
+    source: str = ""
+
+
+@dataclass
+class LoggingConfig:
+    """Where metrics go. metrics.jsonl is always written."""
+
+    sinks: list[str] = field(default_factory=list)  # wandb | tensorboard, beside the always-on jsonl
+    console: str = "auto"  # auto | live | plain | off
+    console_interval: int = 10  # steps between plain lines
+    layer_interval: int = 10  # steps between rows of layers.jsonl (per-layer arrays)
+    report: bool = True  # write report/ at the end of the run
+    wandb_project: str = "kimi_pretrain"
+    wandb_mode: str = "offline"  # offline | online
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    activation: ActivationConfig = field(default_factory=ActivationConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    precision: str = "auto"  # auto | bf16 | fp32 | fp64
+    seed: int = 0
+    run_dir: str = MISSING
+    resume: bool = True  # go on from run_dir's latest checkpoint if there is one
+    launcher: str = "local"
+    experiment: Any = None
