@@ -147,7 +147,7 @@ class DataConfig:
 
     name: str = MISSING
     root: str = MISSING  # prepared corpora live below; relative domain paths start here
-    recipe: str | None = None  # a corpus this package can build offline, e.g. `default`; null: files only
+    recipe: str | None = None  # a corpus this package can build offline; null: files only
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     domains: dict[str, DomainConfig] = field(default_factory=dict)
     mixture: list[MixtureStageConfig] = field(default_factory=list)
@@ -186,7 +186,7 @@ class ClusterConfig:
 class LoggingConfig:
     """Where metrics go. metrics.jsonl is always written."""
 
-    sinks: list[str] = field(default_factory=list)  # wandb | tensorboard, beside the always-on jsonl
+    sinks: list[str] = field(default_factory=list)  # wandb | tensorboard, beside jsonl
     console: str = "auto"  # auto | live | plain | off
     console_interval: int = 10  # steps between plain lines
     layer_interval: int = 10  # steps between rows of layers.jsonl (per-layer arrays)
