@@ -90,7 +90,7 @@ class IndexedWriter:
         self._lengths = array("i")
         self._temporary = Path(f"{bin_path(self.prefix)}.tmp")
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._bin = self._temporary.open("wb", buffering=1 << 20)  # noqa: SIM115
+        self._bin = self._temporary.open("wb", buffering=1 << 20)
 
     def __len__(self) -> int:
         """Documents added so far."""
