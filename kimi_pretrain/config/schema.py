@@ -114,6 +114,7 @@ class ScheduleConfig:
     checkpoint_interval: int = 100  # steps; 0 only at the end
     keep_checkpoints: int = 2
     sample_tokens: int = 120  # length of the sample generated at the end; 0 none
+    bigram_baseline: bool = False  # at the end, hold the loss against a bigram of the same tokens
 
 
 @dataclass

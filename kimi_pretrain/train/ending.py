@@ -1,0 +1,63 @@
+"""What a finished run says of itself: held-out loss beside a bigram's, and a sample."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kimi_pretrain.data.ngram import Bigram
+from kimi_pretrain.train.evaluate import Evaluation
+from kimi_pretrain.train.generate import generate
+from kimi_pretrain.train.run import Run
+
+
+def finish(run: Run, evaluate: Callable[[], Evaluation]) -> None:
+    """Evaluate once more, draw a sample, write the summary and show it.
+
+    A run that had already ended keeps its summary: starting it again changes nothing.
+    """
+    path = Path(run.directory) / "summary.json"
+    if path.exists() and run.first_step >= run.total_steps:
+        run.console.note("this run was complete; its summary is unchanged")
+        run.console.finish(json.loads(path.read_text()))
+        return
+    evaluation = evaluate()
+    summary: dict[str, Any] = {
+        "steps": run.total_steps,
+        "tokens": run.total_steps * run.tokens_per_step,
+        "heldout_loss": evaluation.loss,
+        "bits_per_byte": evaluation.bits_per_byte,
+        "domains": evaluation.domain_losses,
+        "bigram_loss": _bigram_loss(run) if run.config.schedule.bigram_baseline else None,
+        "qk_clip_last_step": run.train_step.optimizer.qk_clip_metrics["last_step"],
+    }
+    summary |= _sample(run)
+    run.sinks.row("summary", summary)
+    run.console.finish(summary)
+
+
+def _bigram_loss(run: Run) -> float:
+    """Nats a token of a bigram model fitted to exactly the tokens this run was trained on."""
+    bigram = Bigram(run.config.model.vocab_size)
+    size = run.config.schedule.global_batch_size
+    with run.stream(first_sample=0, count=size) as batches:
+        for _ in range(run.total_steps):
+            bigram.update(next(batches))
+    return bigram.loss([batch for _, batch in run.heldout])
+
+
+def _sample(run: Run) -> dict[str, Any]:
+    """A prompt from the held-out text and the model's continuation of it."""
+    count = run.config.schedule.sample_tokens
+    if count == 0:
+        return {}
+    tokenizer = run.data.tokenizer
+    prompt = run.heldout[0][1].tokens[0, :32].tolist()
+    continuation = generate(
+        run.model,
+        prompt,
+        count,
+        context=run.config.data.sequence_length,
+        stop=tokenizer.eod_id,
+    )
+    return {"prompt": tokenizer.decode(prompt), "sample": tokenizer.decode(continuation)}

@@ -1,0 +1,41 @@
+"""A short sample of what the model has learnt, for a person to read."""
+
+import torch
+from torch import Tensor
+
+from kimi_pretrain.model.causal_lm import CausalLM
+
+
+@torch.no_grad()
+def generate(
+    model: CausalLM,
+    prompt: list[int],
+    count: int,
+    *,
+    context: int,
+    temperature: float = 0.8,
+    top_k: int = 40,
+    stop: int | None = None,
+    seed: int = 0,
+) -> list[int]:
+    """`count` token ids that continue `prompt` (fewer if the id `stop` comes up).
+
+    Each token is drawn from the `top_k` likeliest at `temperature`, with a generator of
+    its own, so that a sample never disturbs the run's random state. The whole context (at
+    most `context` tokens) is run again for each token: short samples need no cache.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    ids = list(prompt)
+    for _ in range(count):
+        window = torch.tensor([ids[-context:]], device=device)  # [1, context]
+        likeliest, indices = model(window)[0, -1].float().cpu().topk(top_k)  # [top_k]
+        drawn = int(indices[_draw(likeliest / temperature, generator)])
+        if drawn == stop:
+            break
+        ids.append(drawn)
+    return ids[len(prompt) :]
+
+
+def _draw(logits: Tensor, generator: torch.Generator) -> int:
+    return int(torch.multinomial(torch.softmax(logits, dim=0), 1, generator=generator))

@@ -1,0 +1,58 @@
+"""What may stop a run between two steps: numbers that are not finite, and signals."""
+
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+EXIT_DONE = 0
+EXIT_GUARD = 3
+EXIT_SIGNAL = 75
+
+
+class GuardStop(Exception):
+    """A guard refused to update the weights; they are as they were before the step."""
+
+
+def require_finite(step: int, loss: float, grad_norm: float, nonfinite: list[str]) -> None:
+    """Raise GuardStop before the update when the loss or any gradient is NaN or infinite."""
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    where = f"; gradients not finite in {', '.join(nonfinite[:3])}" if nonfinite else ""
+    if len(nonfinite) > 3:
+        where += f" and {len(nonfinite) - 3} more"
+    raise GuardStop(
+        f"step {step}: loss {loss}, gradient norm {grad_norm}{where}; "
+        "a step must be finite; weights are unchanged: try a lower optimizer.lr, or inspect "
+        "the data of this step"
+    )
+
+
+class StopRequest:
+    """Set by SIGTERM or SIGINT; the loop looks at it at each step boundary."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal_name is not None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler: remember the first signal; a second one interrupts at once."""
+        if self.signal_name is not None:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Within the context SIGTERM and SIGINT ask for a stop at the next step boundary."""
+    request = StopRequest()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    previous = [signal.signal(number, request.handle) for number in numbers]
+    try:
+        yield request
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,117 @@
+"""The training loop: assemble a run, go on from its last checkpoint, step, watch, end.
+
+A run is a pure function of its configuration: sample i of the data is addressed by i, the
+initial weights by the seed, and nothing else is random. A resume therefore needs the
+weights, the optimizer state and one integer, and continues bitwise.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from kimi_pretrain.config.schema import Config
+from kimi_pretrain.data.batches import Batch
+from kimi_pretrain.optim.lr import learning_rate
+from kimi_pretrain.train.ending import finish
+from kimi_pretrain.train.evaluate import Evaluation, evaluate
+from kimi_pretrain.train.guards import (
+    EXIT_DONE,
+    EXIT_GUARD,
+    EXIT_SIGNAL,
+    GuardStop,
+    StopRequest,
+    stop_on_signal,
+)
+from kimi_pretrain.train.metrics import evaluation_row, layers_row, step_row
+from kimi_pretrain.train.run import Run, open_run
+from kimi_pretrain.train.step import StepResult
+
+
+def train(config: Config) -> int:
+    """Train until the schedule's end; returns the process's exit code (docs/exit-codes.md).
+
+    Raises ConfigError, before anything is trained, for what only the data, the run
+    directory or an optional package can show to be wrong.
+    """
+    with stop_on_signal() as stop:
+        run = open_run(config)
+        try:
+            code = _steps(run, stop)
+            if code == EXIT_DONE:
+                finish(run, lambda: _evaluate(run, run.total_steps))
+        except GuardStop as reason:
+            run.console.note(f"stopped by a guard: {reason}")
+            code = EXIT_GUARD
+        finally:
+            run.close()
+        if code == EXIT_DONE and config.logging.report:
+            _report(run)
+    return code
+
+
+def _steps(run: Run, stop: StopRequest) -> int:
+    every = run.config.schedule
+    for step, batch in _batches(run):
+        started = time.perf_counter()
+        rate = learning_rate(every, run.config.optimizer.lr, run.tokens_per_step, step - 1)
+        result = run.train_step.run(step, batch, rate)
+        _log_step(run, step, result, rate, time.perf_counter() - started)
+        last = step == run.total_steps
+        if every.eval_interval and step % every.eval_interval == 0 and not last:
+            _evaluate(run, step)
+        if stop or last or (every.checkpoint_interval and step % every.checkpoint_interval == 0):
+            run.save(step)
+        if stop and not last:
+            run.console.note(
+                f"{stop.signal_name}: stopped after step {step} with a checkpoint; "
+                f"go on with run_dir={run.directory}"
+            )
+            return EXIT_SIGNAL
+    return EXIT_DONE
+
+
+def _batches(run: Run) -> Iterator[tuple[int, Batch]]:
+    """(step, global batch) from the first step that is not done yet; steps count from 1."""
+    size = run.config.schedule.global_batch_size
+    with run.stream(first_sample=run.first_step * size, count=size) as batches:
+        for step in range(run.first_step + 1, run.total_steps + 1):
+            yield step, next(batches)
+
+
+def _log_step(run: Run, step: int, result: StepResult, rate: float, seconds: float) -> None:
+    config = run.config
+    row = step_row(
+        result,
+        step=step,
+        tokens_per_step=run.tokens_per_step,
+        learning_rate=rate,
+        seconds=seconds,
+        flops_per_token=run.flops_per_token,
+        peak_flops=run.peak_flops,
+        clipped_heads=run.train_step.optimizer.qk_clip_metrics["share_clipped"],
+    )
+    run.sinks.row("step", row)
+    run.console.step(row)
+    if step % config.logging.layer_interval == 0 or step == run.total_steps:
+        tau = config.optimizer.qk_clip_threshold
+        run.sinks.row("layers", layers_row(step, result.record, tau))
+
+
+def _evaluate(run: Run, step: int) -> Evaluation:
+    evaluation = evaluate(
+        run.model,
+        run.heldout,
+        run.data.tokenizer.byte_lengths(),
+        run.config.optimizer.qk_clip_threshold,
+    )
+    row = evaluation_row(step, step * run.tokens_per_step, evaluation)
+    run.sinks.row("eval", row)
+    run.console.evaluation(row)
+    return evaluation
+
+
+def _report(run: Run) -> None:
+    from kimi_pretrain.telemetry.report import write_report  # matplotlib: only when it is drawn
+
+    page = write_report(Path(run.directory))
+    run.console.note(f"report: {page}")

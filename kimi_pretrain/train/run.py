@@ -1,0 +1,159 @@
+"""A run assembled from its configuration: data, model, optimizer, checkpoints, sinks."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kimi_pretrain.checkpoint.state import restore, snapshot
+from kimi_pretrain.checkpoint.store import (
+    checkpoint_step,
+    latest_verified,
+    list_checkpoints,
+    remove_unfinished,
+)
+from kimi_pretrain.checkpoint.writer import CheckpointWriter
+from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.config.saved import require_same_run, save_config
+from kimi_pretrain.config.schema import Config
+from kimi_pretrain.data.batches import Batch, Prefetcher, TrainStream, heldout_batches
+from kimi_pretrain.data.corpus import ensure
+from kimi_pretrain.data.prepared import PreparedData
+from kimi_pretrain.model.build import from_config
+from kimi_pretrain.model.causal_lm import CausalLM
+from kimi_pretrain.ops.precision import resolve
+from kimi_pretrain.optim.lr import total_steps
+from kimi_pretrain.optim.registry import build_optimizer
+from kimi_pretrain.plan.flops import training_flops_per_token
+from kimi_pretrain.telemetry.console import Console
+from kimi_pretrain.telemetry.sinks import Sinks, open_sinks
+from kimi_pretrain.train.step import TrainStep
+from kimi_pretrain.train.throughput import measure_matmul_peak
+
+CONFIG = "config.yaml"
+
+
+@dataclass
+class Run:
+    """Everything the loop needs, opened; `first_step` steps are already done."""
+
+    config: Config
+    directory: Path
+    data: PreparedData
+    heldout: list[tuple[str, Batch]]  # (domain, windows)
+    model: CausalLM
+    train_step: TrainStep
+    writer: CheckpointWriter
+    sinks: Sinks
+    console: Console
+    first_step: int
+    total_steps: int
+    tokens_per_step: int
+    flops_per_token: int
+    peak_flops: float
+
+    def stream(self, first_sample: int, count: int) -> AbstractContextManager[Iterator[Batch]]:
+        """Global batches of `count` samples from `first_sample` on, read ahead by a thread."""
+        stream = TrainStream(self.data, self.config.data, self.config.seed)
+        return Prefetcher(stream, count, first_sample)
+
+    def save(self, step: int) -> None:
+        """Checkpoint the state after `step` in the background."""
+        state = {"step": step, "tokens": step * self.tokens_per_step}
+        self.writer.save(step, snapshot(self.model, self.train_step.optimizer, state))
+
+    def close(self) -> None:
+        """Put the last checkpoint and every row on disk."""
+        try:
+            self.writer.close()
+        finally:
+            self.sinks.close()
+            self.console.close()
+
+
+def open_run(config: Config) -> Run:
+    """Assemble the run of `config` and restore its last verified checkpoint, if any.
+
+    Raises ConfigError when the data does not fit the model, the run directory belongs to
+    another run, or an optional package of a chosen sink is missing.
+    """
+    directory = Path(config.run_dir)
+    console = Console(config.logging)
+    directory.mkdir(parents=True, exist_ok=True)
+    data = ensure(config.data, console.note)
+    _require_vocabulary(config, data)
+    dtype = resolve(config.precision)
+    device = _device()
+    model = from_config(config.model, dtype=dtype, device=device, seed=config.seed)
+    optimizer = build_optimizer(config.optimizer, config.model, model.named_parameters())
+    train_step = TrainStep(config, model, optimizer)
+    first_step = _restore(config, directory, train_step, console)
+    save_config(config, directory / CONFIG)
+    tokens_per_step = config.schedule.global_batch_size * config.data.sequence_length
+    sinks = open_sinks(config, directory, first_step)
+    run = Run(
+        config=config,
+        directory=directory,
+        data=data,
+        heldout=list(heldout_batches(data, config.data, config.schedule.eval_sequences)),
+        model=model,
+        train_step=train_step,
+        writer=CheckpointWriter(directory / "checkpoints", config.schedule.keep_checkpoints),
+        sinks=sinks,
+        console=console,
+        first_step=first_step,
+        total_steps=total_steps(config.schedule, tokens_per_step),
+        tokens_per_step=tokens_per_step,
+        flops_per_token=training_flops_per_token(config.model, config.data.sequence_length),
+        peak_flops=config.cluster.peak_flops or measure_matmul_peak(dtype, device),
+    )
+    console.start(run.total_steps, first_step)
+    return run
+
+
+def _device() -> torch.device:
+    if torch.accelerator.is_available():
+        return torch.device(torch.accelerator.current_accelerator() or "cpu")
+    return torch.device("cpu")
+
+
+def _require_vocabulary(config: Config, data: PreparedData) -> None:
+    if data.tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            "model.vocab_size",
+            config.model.vocab_size,
+            f"the tokenizer of data={config.data.name} has {data.tokenizer.vocab_size} ids and "
+            "every id needs an embedding",
+            f"model.vocab_size={data.tokenizer.vocab_size}",
+        )
+
+
+def _restore(config: Config, directory: Path, train_step: TrainStep, console: Console) -> int:
+    """Load the newest checkpoint that verifies; the number of steps that are done."""
+    root = directory / "checkpoints"
+    remove_unfinished(root)
+    found = list_checkpoints(root)
+    if not found:
+        return 0
+    if not config.resume:
+        raise ConfigError(
+            "run_dir",
+            config.run_dir,
+            f"it holds checkpoints up to step {checkpoint_step(found[0])} and resume=false "
+            "must not overwrite them",
+            "another run_dir, or resume=true to go on",
+        )
+    require_same_run(config, directory / CONFIG)
+    latest = latest_verified(root, lambda error: console.note(f"skipped a checkpoint: {error}"))
+    if latest is None:
+        raise ConfigError(
+            "run_dir",
+            config.run_dir,
+            f"none of its {len(found)} checkpoints verifies and a resume must not start over",
+            "another run_dir, or a copy of the checkpoints that is whole",
+        )
+    state = restore(latest, train_step.model, train_step.optimizer)
+    console.note(f"resumed from {latest} ({state['tokens']:,} tokens)")
+    return int(state["step"])

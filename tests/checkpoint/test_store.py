@@ -1,0 +1,77 @@
+"""Atomic commit, verification and retention of checkpoint directories."""
+
+from pathlib import Path
+
+import pytest
+
+from kimi_pretrain.checkpoint.store import (
+    CheckpointError,
+    checkpoint_step,
+    commit,
+    latest_verified,
+    list_checkpoints,
+    prune,
+    remove_unfinished,
+    verify,
+)
+
+
+def _write(text: str):  # type: ignore[no-untyped-def]
+    return lambda directory: (directory / "state.json").write_text(text)
+
+
+def test_newest_whole_checkpoint_wins(tmp_path: Path) -> None:
+    """Catches a pointer-like 'latest' that trusts a name more than the bytes."""
+    commit(tmp_path, 1, _write("one"))
+    newest = commit(tmp_path, 2, _write("two"))
+    (newest / "state.json").write_text("twx")
+    rejected: list[CheckpointError] = []
+    latest = latest_verified(tmp_path, rejected.append)
+    assert latest is not None
+    assert checkpoint_step(latest) == 1
+    assert "SHA-256" in str(rejected[0])
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "manifest"])
+def test_damage_is_named(tmp_path: Path, damage: str) -> None:
+    """Catches a verification that only looks at the manifest."""
+    directory = commit(tmp_path, 7, _write("seven"))
+    verify(directory)
+    if damage == "truncate":
+        (directory / "state.json").write_text("sev")
+    elif damage == "remove":
+        (directory / "state.json").unlink()
+    else:
+        (directory / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"state\.json|manifest\.json"):
+        verify(directory)
+
+
+def test_a_writer_that_dies_leaves_nothing_to_trust(tmp_path: Path) -> None:
+    """Catches a checkpoint that becomes visible before it is whole."""
+
+    def die(directory: Path) -> None:
+        (directory / "state.json").write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        commit(tmp_path, 3, die)
+    assert list_checkpoints(tmp_path) == []
+    remove_unfinished(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prune_keeps_the_newest(tmp_path: Path) -> None:
+    """Catches names sorted as text, or the oldest kept."""
+    for step in (9, 10, 100_000_000):
+        commit(tmp_path, step, _write(str(step)))
+    prune(tmp_path, 2)
+    assert [checkpoint_step(d) for d in list_checkpoints(tmp_path)] == [100_000_000, 10]
+
+
+def test_a_step_can_be_written_again(tmp_path: Path) -> None:
+    """Catches a rename onto a full directory, which the system refuses."""
+    commit(tmp_path, 5, _write("damaged"))
+    directory = commit(tmp_path, 5, _write("whole"))
+    verify(directory)
+    assert (directory / "state.json").read_text() == "whole"
