@@ -1,0 +1,1 @@
+"""The model: multi-head latent attention, mixture of experts, layers in four phases, chunks."""

@@ -1,0 +1,52 @@
+"""The dense MLP and the mixture of experts."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from kimi_pretrain.config.schema import ModelConfig
+from kimi_pretrain.model.projection import Projection
+from kimi_pretrain.model.router import Router
+from kimi_pretrain.ops.grouped import grouped_linear
+from kimi_pretrain.ops.swiglu import swiglu
+from kimi_pretrain.parallel.dispatch import Arrived
+
+
+class DenseMLP(nn.Module):
+    """SwiGLU MLP of a dense layer, or the shared expert of a MoE layer."""
+
+    def __init__(self, width: int, intermediate: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(2, intermediate, width, dtype=dtype))
+        self.down_proj = Projection(intermediate, width, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(linear(x, self.gate_up_proj.flatten(0, 1))))
+
+
+class Experts(nn.Module):
+    """The routed experts of this rank, as two stacks."""
+
+    def __init__(self, experts: int, width: int, intermediate: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2, intermediate, width, dtype=dtype))
+        self.down_proj = nn.Parameter(torch.empty(experts, width, intermediate, dtype=dtype))
+
+    def forward(self, arrived: Arrived) -> Tensor:
+        """[rows, hidden] to the same shape, each row by its expert."""
+        gate_up = grouped_linear(arrived.rows, self.gate_up_proj.flatten(1, 2), arrived.sizes)
+        return grouped_linear(swiglu(gate_up), self.down_proj, arrived.sizes)
+
+
+class MoE(nn.Module):
+    """``mlp`` of a MoE layer: router, routed experts, shared experts."""
+
+    def __init__(self, cfg: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate = Router(cfg, dtype)
+        self.experts = Experts(
+            cfg.n_routed_experts, cfg.hidden_size, cfg.moe_intermediate_size, dtype
+        )
+        self.shared_experts = DenseMLP(
+            cfg.hidden_size, cfg.moe_intermediate_size * cfg.n_shared_experts, dtype
+        )

@@ -1,0 +1,18 @@
+"""RMSNorm as a module."""
+
+import torch
+from torch import Tensor, nn
+
+from kimi_pretrain.ops.norm import rms_norm
+
+
+class RMSNorm(nn.Module):
+    """``ops.norm.rms_norm`` with its weight."""
+
+    def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)

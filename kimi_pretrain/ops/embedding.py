@@ -1,0 +1,33 @@
+"""Embedding look-up whose gradient is summed at full precision."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kimi_pretrain.ops.precision import accumulate_dtype
+
+
+def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Rows of ``weight`` [vocabulary, width] for ``tokens`` [...]: [..., width].
+
+    A frequent token adds thousands of rows into one; in bf16 such a sum stops growing, so
+    the gradient is summed in fp32 (fp64 for fp64) and rounded once.
+    """
+    return _Embedding.apply(tokens, weight)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+        return torch.nn.functional.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        (tokens,) = ctx.saved_tensors
+        high = accumulate_dtype(ctx.dtype)
+        total = torch.zeros(ctx.shape, dtype=high, device=grads[0].device)
+        total.index_add_(0, tokens.reshape(-1), grads[0].reshape(-1, ctx.shape[1]).to(high))
+        return None, total.to(ctx.dtype)
