@@ -229,6 +229,10 @@ class IndexedReader:
                 index, f"document ends {ends}", f"documents must span sequences 0 to {sequences}"
             )
         self.total_tokens = bytes_used // self.itemsize
+        # Documents up to the last one with a sequence: empty ones at the end hold no token.
+        self._filled = entries - 1
+        while self._filled and self._documents[self._filled - 1] == sequences:
+            self._filled -= 1
         self.tokens: Tokens = _mapped(data, self.dtype, 0, self.total_tokens)
 
     @property
@@ -280,11 +284,12 @@ class IndexedReader:
 
         A bisection over the mapped index, all positions in step: O(log documents) gathers.
         """
+        pointers = positions * self.itemsize
         low = np.zeros(np.shape(positions), dtype=np.int64)
-        high = np.full(np.shape(positions), len(self), dtype=np.int64)
-        for _ in range(len(self).bit_length()):
+        high = np.full(np.shape(positions), self._filled, dtype=np.int64)
+        for _ in range(self._filled.bit_length()):
             middle = (low + high) >> 1
-            before = self.starts(middle) <= positions
+            before = self._pointers[self._documents[middle]] <= pointers
             low = np.where(before, middle, low)
             high = np.where(before, high, middle)
         return low
