@@ -18,7 +18,7 @@ from kimi_pretrain.checkpoint.writer import CheckpointWriter
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.saved import require_same_run, save_config
 from kimi_pretrain.config.schema import Config
-from kimi_pretrain.data.batches import Batch, Prefetcher, TrainStream, heldout_batches
+from kimi_pretrain.data.batches import Batch, Prefetcher, TrainStream, heldout_windows
 from kimi_pretrain.data.corpus import ensure
 from kimi_pretrain.data.prepared import PreparedData
 from kimi_pretrain.model.build import from_config
@@ -97,7 +97,14 @@ def open_run(config: Config) -> Run:
         config=config,
         directory=directory,
         data=data,
-        heldout=list(heldout_batches(data, config.data, config.schedule.eval_sequences)),
+        heldout=list(
+            heldout_windows(
+                data,
+                config.data,
+                config.schedule.eval_sequences,
+                config.schedule.micro_batch_size,
+            )
+        ),
         model=model,
         train_step=train_step,
         writer=CheckpointWriter(directory / "checkpoints", config.schedule.keep_checkpoints),

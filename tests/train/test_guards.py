@@ -1,0 +1,35 @@
+"""Guards: numbers that are not finite, and signals."""
+
+import os
+import signal
+
+import pytest
+
+from kimi_pretrain.train.guards import GuardStop, require_finite, stop_on_signal
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm"), [(float("nan"), 1.0), (1.0, float("inf")), (1.0, float("nan"))]
+)
+def test_a_step_that_is_not_finite_is_refused(loss: float, norm: float) -> None:
+    """Catches comparisons that a NaN passes."""
+    with pytest.raises(GuardStop, match=r"step 7.*a, b, c and 1 more"):
+        require_finite(7, loss, norm, ["a", "b", "c", "d"])
+
+
+def test_a_finite_step_passes() -> None:
+    require_finite(1, 2.0, 0.0, [])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_asks_the_second_interrupts(number: signal.Signals) -> None:
+    """Catches a handler that swallows every Ctrl-C, and one that outlives its context."""
+    before = signal.getsignal(number)
+    with stop_on_signal() as stop:
+        assert not stop
+        os.kill(os.getpid(), number)
+        assert stop
+        assert stop.signal_name == number.name
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before

@@ -1,0 +1,135 @@
+"""A run that is killed and started again is the run that was never killed, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TIMING = {"step_seconds", "tokens_per_second", "mfu"}
+STEPS = 12
+RUN = [
+    sys.executable,
+    "-m",
+    "kimi_pretrain",
+    "train",
+    "experiment=smoke",
+    f"schedule.max_steps={STEPS}",
+    "schedule.checkpoint_interval=3",
+    "schedule.eval_interval=4",
+    "logging.layer_interval=1",
+    "logging.report=false",
+]
+
+
+def _start(run_dir: Path, *more: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*RUN, f"run_dir={run_dir}", *more],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == code, output
+    return output
+
+
+def _rows(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    lines = (run_dir / name).read_text().splitlines()
+    rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+
+
+def _wait_for_rows(run_dir: Path, process: subprocess.Popen[str], count: int) -> None:
+    path = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 180
+    while not (path.exists() and path.read_text().count("\n") >= count):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    runs = {}
+    for precision in ("fp32", "bf16"):
+        runs[precision] = tmp_path_factory.mktemp("runs") / precision
+        _finish(_start(runs[precision], f"precision={precision}"))
+    return runs
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_kill_and_start_again_continues_bitwise(
+    tmp_path: Path, uninterrupted: dict[str, Path], precision: str
+) -> None:
+    """Catches anything a checkpoint forgets: momentum, masters, router bias, data position,
+    step counts; and rows of metrics written twice."""
+    run_dir = tmp_path / "run"
+    for rows in (2, 5, 10):  # before the first checkpoint, between two, and late
+        process = _start(run_dir, f"precision={precision}")
+        _wait_for_rows(run_dir, process, rows)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    _finish(_start(run_dir, f"precision={precision}"))
+    whole = uninterrupted[precision]
+    for name in ("metrics.jsonl", "evals.jsonl", "layers.jsonl"):
+        assert _rows(run_dir, name) == _rows(whole, name), name
+    last = f"checkpoints/step-{STEPS:08d}"
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        ours, theirs = (d / last / name for d in (run_dir, whole))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+
+
+def test_sigterm_checkpoints_and_says_how_to_go_on(
+    tmp_path: Path, uninterrupted: dict[str, Path]
+) -> None:
+    """Catches a signal that loses the steps since the last checkpoint, or exit code 0."""
+    run_dir = tmp_path / "run"
+    process = _start(run_dir, "precision=fp32")
+    _wait_for_rows(run_dir, process, 4)
+    process.send_signal(signal.SIGTERM)
+    output = _finish(process, code=75)
+    assert f"run_dir={run_dir}" in "".join(output.split())
+    done = len(_rows(run_dir, "metrics.jsonl"))
+    assert (run_dir / f"checkpoints/step-{done:08d}").is_dir()
+    output = _finish(_start(run_dir, "precision=fp32"))
+    assert "resumed" in output
+    assert _rows(run_dir, "metrics.jsonl") == _rows(uninterrupted["fp32"], "metrics.jsonl")
+
+
+def test_a_damaged_checkpoint_is_skipped_and_named(
+    tmp_path: Path, uninterrupted: dict[str, Path]
+) -> None:
+    """Catches a resume that trusts the newest name, or starts over in silence."""
+    run_dir = tmp_path / "run"
+    _finish(_start(run_dir, "precision=fp32", "schedule.max_steps=6"))
+    weights = run_dir / "checkpoints/step-00000006/weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    output = _finish(_start(run_dir, "precision=fp32"))
+    assert "step-00000006/weights.safetensors" in "".join(output.split())
+    assert _rows(run_dir, "metrics.jsonl") == _rows(uninterrupted["fp32"], "metrics.jsonl")
+
+
+def test_resume_false_refuses_to_overwrite(uninterrupted: dict[str, Path]) -> None:
+    """Catches a second run that silently replaces the checkpoints of the first."""
+    output = _finish(_start(uninterrupted["fp32"], "precision=fp32", "resume=false"), code=2)
+    assert "resume=false" in output
+    assert len(output.strip().splitlines()) == 1
+
+
+def test_a_finished_run_started_again_changes_nothing(uninterrupted: dict[str, Path]) -> None:
+    """Catches a second ending that appends rows or draws another sample."""
+    run_dir = uninterrupted["fp32"]
+    before = {p: p.read_bytes() for p in run_dir.iterdir() if p.suffix in {".json", ".jsonl"}}
+    _finish(_start(run_dir, "precision=fp32"))
+    assert {p: p.read_bytes() for p in before} == before
