@@ -8,7 +8,6 @@ No torch import here: a wrong key must be reported in well under two seconds.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from omegaconf import MISSING
 
@@ -213,4 +212,3 @@ class Config:
     run_dir: str = MISSING
     resume: bool = True  # go on from run_dir's latest checkpoint if there is one
     launcher: str = "local"
-    experiment: Any = None

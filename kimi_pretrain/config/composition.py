@@ -1,0 +1,116 @@
+"""From override strings to a checked, typed ``Config``: Hydra composes, types and rules follow."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.config.family import register_resolver
+from kimi_pretrain.config.schema import Config
+from kimi_pretrain.config.secrets import refuse_secrets
+from kimi_pretrain.config.translate import HYDRA_ERRORS, split_override, translate
+from kimi_pretrain.config.typed import build, defaults
+from kimi_pretrain.config.validate import validate
+
+PRIMARY = "config"
+VERSION_BASE = "1.3"
+
+
+def conf_dir() -> Path:
+    """The folder of shipped YAML files: inside an installed package, or at the top of the source.
+
+    Raises:
+        FileNotFoundError: the installation holds neither.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / f"{PRIMARY}.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"no conf/{PRIMARY}.yaml in {package} or beside it: broken install")
+
+
+def group_options(*folders: Path) -> dict[str, list[str]]:
+    """Config group -> its options, over several folders of YAML files."""
+    files = sorted(f for folder in folders for f in folder.glob("*/*.yaml"))
+    groups: dict[str, list[str]] = {}
+    for file in files:
+        groups.setdefault(file.parent.name, []).append(file.stem)
+    return groups
+
+
+def register() -> None:
+    """Tell Hydra and OmegaConf what conf/ relies on: the schema's keys and our resolver."""
+    register_resolver()
+    ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults(Config)))
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a run from Hydra overrides, as in ``["model=k2", "seed=3"]``.
+
+    Raises:
+        ConfigError: whatever is wrong with it, in one line: syntax, keys, types, options or
+            a combination that cannot run.
+    """
+    return compose_from(overrides, PRIMARY, ())
+
+
+def compose_from(overrides: Sequence[str], name: str, more_folders: Sequence[Path]) -> Config:
+    """``compose`` with another primary configuration or further folders of YAML files."""
+    refuse_secrets(map(split_override, overrides), os.environ)
+    search = [f"hydra.searchpath=[{','.join(f.resolve().as_uri() for f in more_folders)}]"]
+    register()
+    try:
+        composed = _compose(name, [*overrides, *(search if more_folders else [])])
+    except HYDRA_ERRORS as error:
+        groups = group_options(conf_dir(), *more_folders)
+        raise translate(error, overrides, groups) from error
+    return to_config(composed)
+
+
+def to_config(composed: DictConfig) -> Config:
+    """The typed, validated ``Config`` of a composed node (without its ``hydra`` part).
+
+    Raises:
+        ConfigError: as ``compose``.
+    """
+    try:
+        refuse_secrets(_leaves(OmegaConf.to_container(composed)), os.environ)
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            rule = "it has no default and must be set"
+            raise ConfigError(missing[0], "???", rule, f"{missing[0]}=...")
+        plain = OmegaConf.to_container(composed, resolve=True)
+        refuse_secrets(_leaves(plain), os.environ)
+    except HYDRA_ERRORS as error:
+        raise translate(error, [], group_options(conf_dir())) from error
+    config: Config = build(Config, plain)
+    validate(config)
+    return config
+
+
+def _compose(name: str, overrides: list[str]) -> DictConfig:
+    """Hydra's own composition; a Hydra application that is running around us stays as it was."""
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE):
+            return hydra.compose(name, overrides=overrides)
+    finally:
+        GlobalHydra.instance().hydra = running
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _leaves(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{key}.{index}")
+    else:
+        yield key, str(value)

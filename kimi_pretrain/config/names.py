@@ -1,0 +1,22 @@
+"""The names a configuration can choose from, for checking without importing what they mean.
+
+The room that owns a name maps it to a class or a table; ``tests/config/test_names.py`` holds
+both lists against each other.
+"""
+
+OPTIMIZERS = ("muonclip", "adamw")
+NEWTON_SCHULZ_TABLES = ("keller5",)
+STAGE_SHAPES = ("linear", "constant", "cosine")
+PRECISIONS = ("auto", "bf16", "fp32", "fp64")
+TOKENIZERS = ("bytes", "bpe", "tiktoken")
+SINKS = ("jsonl", "wandb", "tensorboard")
+CONSOLES = ("auto", "live", "plain", "off")
+WANDB_MODES = ("offline", "online")
+LAUNCHERS = ("local",)
+
+# recipe -> the domains it builds
+RECIPES: dict[str, tuple[str, ...]] = {
+    "default": ("code", "math", "prose"),
+    "stdlib_tiny": ("code",),
+}
+BYTES_VOCABULARY = 257  # 256 byte values and the end of a document

@@ -1,0 +1,84 @@
+"""Package metadata, and the one thing setuptools cannot say in pyproject.toml: conf/ ships inside.
+
+People read and copy ``conf/`` at the top of the repository; the wheel holds the same files as
+``kimi_pretrain/conf`` (found again by ``kimi_pretrain.config.compose.conf_dir``).
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def version() -> str:
+    text = (ROOT / "kimi_pretrain" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if match is None:
+        raise RuntimeError("kimi_pretrain/__init__.py has no __version__ line")
+    return match[1]
+
+
+def conf_packages() -> list[str]:
+    """conf/ and its groups as the package names under which the wheel carries them."""
+    folders = [ROOT / "conf", *sorted(p for p in (ROOT / "conf").rglob("*") if p.is_dir())]
+    return [".".join(("kimi_pretrain", *f.relative_to(ROOT).parts)) for f in folders]
+
+
+CONF = conf_packages()
+
+setup(
+    name="kimi_pretrain",
+    version=version(),
+    description="Pretrain Kimi-K2-class mixture-of-experts models: MLA, MuonClip, one command",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["kimi_pretrain", "kimi_pretrain.*"]), *CONF],
+    package_dir={name: name.removeprefix("kimi_pretrain.").replace(".", "/") for name in CONF},
+    package_data={"kimi_pretrain": ["py.typed"], **{name: ["*.yaml"] for name in CONF}},
+    install_requires=[
+        "torch>=2.13",
+        "hydra-core>=1.3.8",
+        "numpy",
+        "rich",
+        "safetensors",
+        "tokenizers",
+        "tiktoken",
+        "matplotlib",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine", "nvidia-ml-py"],
+        "cluster": ["deepspeed", "submitit", "hydra-submitit-launcher"],
+        "wandb": ["wandb"],
+        "tensorboard": ["tensorboard"],
+        "bench": ["transformers", "torchdata", "mosaicml-streaming"],
+        "dev": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "setuptools>=77",
+            "transformers",
+            "pyarrow",
+            "zstandard",
+            "wandb",
+            "tensorboard",
+        ],
+    },
+    entry_points={"console_scripts": ["kimi-pretrain=kimi_pretrain.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
