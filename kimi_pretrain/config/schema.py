@@ -212,3 +212,4 @@ class Config:
     run_dir: str = MISSING
     resume: bool = True  # go on from run_dir's latest checkpoint if there is one
     launcher: str = "local"
+    experiment: str | None = None  # the preset this came from, set by conf/experiment
