@@ -1,0 +1,148 @@
+"""A run as its files tell it, read once and turned into arrays."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.telemetry.jsonl import FILES, SUMMARY, read_rows, summary_is_current
+
+Array = NDArray[np.float64]
+
+# Rows of layers.jsonl that are read at most, evenly spread: more columns than a plot has
+# pixels show nothing further, and K2's rows are half a megabyte each.
+LAYER_ROWS = 500
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows as columns: ``table["loss"]`` is float64 [rows], nan where a row lacks the key."""
+
+    columns: dict[str, Array]
+    rows: int
+
+    def __getitem__(self, key: str) -> Array:
+        return self.columns.get(key, np.full(self.rows, np.nan))
+
+    def has(self, key: str) -> bool:
+        """Whether any row has a finite value under ``key``."""
+        return bool(np.isfinite(self[key]).any())
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The per-layer arrays, float64, of the T rows that were read.
+
+    Shapes: ``steps`` [T], ``max_logits`` [T, layers, heads], ``load`` [T, MoE layers,
+    experts] as a multiple of an even share (1 is balanced; no layers in a dense model).
+    """
+
+    steps: Array
+    max_logits: Array
+    load: Array
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Everything a run directory says about its run."""
+
+    directory: Path
+    config: dict[str, Any]
+    steps: Table
+    evals: Table
+    domains: dict[str, Array]  # held-out loss by domain, [evaluations]
+    layers: Layers | None
+    summary: dict[str, Any] | None  # of the run as it stands; None while it is not finished
+
+    @cached_property
+    def tau(self) -> float | None:
+        """The QK-Clip threshold, None where it was off."""
+        value = self.config["optimizer"]["qk_clip_threshold"]
+        return None if value is None else float(value)
+
+
+def read_run(run_dir: Path) -> Recorded:
+    """Reads a run that is finished, running or was killed at any moment.
+
+    Evaluations, per-layer rows and the summary may be missing; the configuration and one
+    step may not.
+
+    Raises:
+        ConfigError: no such directory, no run in it, no step yet, or a damaged file.
+    """
+    if not run_dir.is_dir():
+        raise _no_run(run_dir, "it is the directory of a run", "a directory that train made")
+    config = run_dir / "config.yaml"
+    if not config.exists():
+        raise _no_run(run_dir, "a run directory holds config.yaml", "a directory that train made")
+    rows = list(read_rows(run_dir / FILES["step"]))
+    if not rows:
+        raise _no_run(
+            run_dir, f"{FILES['step']} holds at least one step", "again after the first step"
+        )
+    evals = list(read_rows(run_dir / FILES["eval"]))
+    return Recorded(
+        directory=run_dir,
+        config=yaml.safe_load(config.read_text(encoding="utf-8")),
+        steps=_table(rows),
+        evals=_table(evals),
+        domains=_domains(evals),
+        layers=_layers(run_dir / FILES["layers"]),
+        summary=_summary(run_dir / SUMMARY, rows[-1]),
+    )
+
+
+def _no_run(run_dir: Path, rule: str, fix: str) -> ConfigError:
+    return ConfigError(what="run to report on", value=str(run_dir), rule=rule, fix=fix)
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    keys = dict.fromkeys(key for row in rows for key, value in row.items() if _is_number(value))
+    return Table({key: _column(row.get(key) for row in rows) for key in keys}, len(rows))
+
+
+def _domains(evals: list[dict[str, Any]]) -> dict[str, Array]:
+    names = dict.fromkeys(name for row in evals for name in row.get("domains", {}))
+    return {name: _column(row.get("domains", {}).get(name) for row in evals) for name in names}
+
+
+def _column(values: Iterable[Any]) -> Array:
+    return np.array([float(v) if _is_number(v) else np.nan for v in values], dtype=np.float64)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _layers(path: Path) -> Layers | None:
+    rows = list(read_rows(path, _spread(sum(1 for _ in path.open("rb")) if path.exists() else 0)))
+    if not rows:
+        return None
+    load = np.array([row["expert_load"] for row in rows], dtype=np.float64)
+    load = load.reshape(len(rows), *(load.shape[1:] if load.ndim == 3 else (0, 0)))
+    mean = load.mean(axis=-1, keepdims=True) if load.size else load
+    return Layers(
+        steps=_column(row["step"] for row in rows),
+        max_logits=np.array([row["max_logits"] for row in rows], dtype=np.float64),
+        load=np.divide(load, mean, out=np.ones_like(load), where=mean > 0),
+    )
+
+
+def _spread(lines: int) -> Callable[[int], bool]:
+    """Chooses at most LAYER_ROWS of the lines, the first and the last among them."""
+    chosen = set(np.linspace(0, lines - 1, min(lines, LAYER_ROWS)).round().astype(int).tolist())
+    return chosen.__contains__
+
+
+def _summary(path: Path, last_step: dict[str, Any]) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    summary = json.loads(path.read_bytes())
+    return summary if summary_is_current(summary, last_step) else None
