@@ -1,7 +1,7 @@
 """Package metadata, and the one thing setuptools cannot say in pyproject.toml: conf/ ships inside.
 
 People read and copy ``conf/`` at the top of the repository; the wheel holds the same files as
-``kimi_pretrain/conf`` (found again by ``kimi_pretrain.config.compose.conf_dir``).
+``kimi_pretrain/conf`` (found again by ``kimi_pretrain.config.composition.conf_dir``).
 """
 
 import re
@@ -41,7 +41,7 @@ setup(
     package_dir={name: name.removeprefix("kimi_pretrain.").replace(".", "/") for name in CONF},
     package_data={"kimi_pretrain": ["py.typed"], **{name: ["*.yaml"] for name in CONF}},
     install_requires=[
-        "torch>=2.13",
+        "torch>=2.10",
         "hydra-core>=1.3.8",
         "numpy",
         "rich",
@@ -53,6 +53,7 @@ setup(
     extras_require={
         "gpu": ["transformer-engine", "nvidia-ml-py"],
         "cluster": ["deepspeed", "submitit", "hydra-submitit-launcher"],
+        "data": ["pyarrow", "zstandard"],
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
         "bench": ["transformers", "torchdata", "mosaicml-streaming"],

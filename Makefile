@@ -1,0 +1,73 @@
+# `make train` and `make test` are all a newcomer needs: both make .venv when it is not there.
+#
+#   make train ARGS="model=k2_micro schedule.max_steps=20"
+#   make test  ARGS="tests/optim -k clip"
+#   make PYTHON=/path/to/python ...     the Python that .venv is made from
+#
+# If that Python already has a torch (a CUDA image, say), .venv sees its packages and keeps that
+# torch; otherwise torch==2.13.0 is installed: the CPU build, or the CUDA build where there is a GPU.
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+ARGS   ?=
+
+VENV      := .venv
+BIN       := $(VENV)/bin
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url $(CPU_INDEX))
+PIP       := $(BIN)/python -m pip --disable-pip-version-check -q install
+HAS_TORCH := -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-slow lint format bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+train: $(VENV)/core  ## pretrain the default model (ARGS: Hydra overrides)
+	@$(BIN)/kimi-pretrain train $(ARGS)
+
+test: $(VENV)/dev  ## run the tests (ARGS: pytest arguments)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/dev  ## run the tests that take minutes
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(ARGS)
+
+lint: $(VENV)/dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev  ## rewrite the sources in ruff's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/bench  ## every benchmark, each printing a ratio against a named peer
+	@for file in $$(grep -l __main__ benchmarks/*.py); do \
+	    echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean:  ## remove what building and testing left behind (runs/ stays)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# --- the environment: one stamp for each set of requirements ---------------------------------
+
+$(VENV)/made:
+	@echo "making $(VENV) from $$($(PYTHON) --version)"
+	@if $(PYTHON) $(HAS_TORCH); then $(PYTHON) -m venv --system-site-packages $(VENV); \
+	    else $(PYTHON) -m venv $(VENV); fi
+	@$(BIN)/python $(HAS_TORCH) || $(PIP) --retries 2 "$(TORCH)" $(TORCH_INDEX)
+	@touch $@
+
+$(VENV)/core: $(VENV)/made setup.py
+	@echo "installing kimi_pretrain"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/made setup.py
+	@echo "installing kimi_pretrain with the tools for tests"
+	@$(PIP) -e '.[dev]'
+	@touch $(VENV)/core $@
+
+$(VENV)/bench: $(VENV)/dev
+	@$(PIP) -e '.[bench]'
+	@touch $@

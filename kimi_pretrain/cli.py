@@ -1,0 +1,98 @@
+"""The command line: one word chooses a command, which is imported only then."""
+
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+from kimi_pretrain import __version__
+from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.config.nearest import nearest_name
+
+USAGE = """\
+usage: kimi-pretrain COMMAND ...
+
+  train     pretrain a model; without arguments: a nano model of the Kimi K2 family, in minutes
+  data      prepare, verify and inspect tokenized corpora
+  report    write a page with plots of a run
+
+kimi-pretrain COMMAND --help says more; docs/configuration.md lists what can be set.
+Completion: eval "$(kimi-pretrain train --shell-completion install=bash)"
+"""
+
+EXIT_BAD_INPUT = 2  # docs/exit-codes.md
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``argv`` (default: the process's); returns the exit code of docs/exit-codes.md."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments:
+        print(USAGE, end="", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    word, rest = arguments[0], arguments[1:]
+    if word in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if word == "--version":
+        print(f"kimi_pretrain {__version__}")
+        return 0
+    try:
+        if word in ("-sc", "--shell-completion"):
+            return _completion(rest)
+        if word not in _COMMANDS:
+            rule = f"the commands are {', '.join(_COMMANDS)}"
+            raise ConfigError("command", word, rule, nearest_name(word, _COMMANDS))
+        return _COMMANDS[word](rest)
+    except ConfigError as error:
+        print(f"kimi-pretrain: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def _command(module: str) -> Callable[[list[str]], int]:
+    """The ``main(argv) -> int`` of a module, imported when it is called."""
+
+    def run(arguments: list[str]) -> int:
+        return int(import_module(module).main(arguments))
+
+    return run
+
+
+def _report(arguments: list[str]) -> int:
+    if arguments in (["-h"], ["--help"]) or len(arguments) != 1:
+        print("usage: kimi-pretrain report RUN_DIR", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments in (["-h"], ["--help"]) else EXIT_BAD_INPUT
+    run_dir = Path(arguments[0])
+    if not (run_dir / "metrics.jsonl").is_file():
+        rule = "a run directory holds metrics.jsonl"
+        raise ConfigError("report", str(run_dir), rule, "the run_dir that training printed")
+    from kimi_pretrain.telemetry.report import write_report  # matplotlib
+
+    print(write_report(run_dir))
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _command("kimi_pretrain.train.command"),
+    "data": _command("kimi_pretrain.data.commands"),
+    "report": _report,
+}
+
+
+def _completion(arguments: list[str]) -> int:
+    """Hydra's completion scripts call the program without its first word; here it is put back.
+
+    The shell's line is in COMP_LINE. The first word completes to a command; what follows
+    ``train`` is Hydra's; for the rest the shell completes file names.
+    """
+    line = os.environ.get("COMP_LINE", "")
+    program, _, typed = line.lstrip().partition(" ")
+    command, space, rest = typed.lstrip().partition(" ")
+    asks = any(argument.startswith("query=") for argument in arguments)
+    if asks and not space:
+        print(" ".join(_COMMANDS))
+        return 0
+    if asks and command != "train":
+        return 0
+    os.environ["COMP_LINE"] = f"{program} {rest}"
+    return _COMMANDS["train"](["--shell-completion", *arguments])
