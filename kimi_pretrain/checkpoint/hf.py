@@ -17,6 +17,7 @@ from kimi_pretrain.checkpoint.fp8_blocks import dequantise, scale_shape
 from kimi_pretrain.checkpoint.hf_config import hf_config, model_config, mtp_layers
 from kimi_pretrain.checkpoint.shards import WeightFiles, read_json, write_json, write_weights
 from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.config.validate import validate_model
 from kimi_pretrain.model.build import from_config
 from kimi_pretrain.model.causal_lm import CausalLM
 
@@ -50,6 +51,7 @@ def from_hf(directory: str | Path, dtype: torch.dtype = torch.float32) -> Causal
         raise ConfigError("Hugging Face checkpoint", str(directory), rule, "an existing directory")
     raw = read_json(directory / "config.json")
     cfg = model_config(raw, directory.resolve().name)
+    validate_model(cfg)
     model = from_config(cfg, dtype=dtype, device="meta")
     with WeightFiles(directory) as files:
         names = _weights_to_read(files, cfg.num_hidden_layers, mtp_layers(raw))

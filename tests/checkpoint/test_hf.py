@@ -417,6 +417,21 @@ def test_declared_but_absent_prediction_layers_are_no_news(checkpoint: Path) -> 
         from_hf(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("n_group", 12, "needs at least two"),  # of its experts, to be scored
+        ("qk_rope_head_dim", 7, "an even number"),
+        ("num_experts_per_tok", 13, "chooses among the 12 experts"),
+    ],
+)
+def test_an_impossible_configuration(checkpoint: Path, key: str, value: int, message: str) -> None:
+    """Catches a config.json that skips the checks of a composed configuration."""
+    edit_config(checkpoint, **{key: value})
+    with pytest.raises(ConfigError, match=rf"{key}: got {value}; .*{message}"):
+        from_hf(checkpoint)
+
+
 def test_refusal_comes_before_allocation(checkpoint: Path) -> None:
     """Catches a parameter allocated for a shape that the file does not have."""
     edit_config(checkpoint, vocab_size=10**13)
