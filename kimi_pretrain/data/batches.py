@@ -82,8 +82,8 @@ class TrainStream:
 
     def read(self, first_sample: int, count: int) -> Batch:
         """Samples [first_sample, first_sample + count) of the run."""
-        shape = (count, self.sequence_length)
-        tokens, labels = np.empty(shape, np.int64), np.empty(shape, np.int64)
+        # One block for both: numpy asks for huge pages from 4 MB on, and faults half as often.
+        tokens, labels = np.empty((2, count, self.sequence_length), np.int64)
         domain, ordinal = self.mixture.locate(np.arange(first_sample, first_sample + count))
         rows: list[NDArray[np.int64]] = []
         offsets: list[NDArray[np.int64]] = []
@@ -133,8 +133,7 @@ class HeldoutStream:
     def read(self, domain: str, first: int, count: int) -> Batch:
         """Windows [first, first + count) of a domain in held-out order."""
         windows = self.windows[domain]
-        shape = (count, self.sequence_length)
-        tokens, labels = np.empty(shape, np.int64), np.empty(shape, np.int64)
+        tokens, labels = np.empty((2, count, self.sequence_length), np.int64)
         chosen = in_epochs(np.arange(first, first + count), windows.count, "heldout", domain)
         windows.fill(chosen, np.arange(count), tokens, labels)
         found = [windows.boundaries(chosen)] if self.document_mask else []

@@ -47,9 +47,9 @@ class Windows:
         """
         scratch = np.empty(self.length + 1, dtype=self.reader.dtype)
         into, head, tail = [scratch.data.cast("B")], scratch[:-1], scratch[1:]
-        stride = self.length * self.reader.itemsize
+        stride, expected = self.length * self.reader.itemsize, scratch.nbytes
         for window, row in zip(windows.tolist(), rows.tolist(), strict=True):
-            if os.preadv(self._file, into, window * stride) != scratch.nbytes:
+            if os.preadv(self._file, into, window * stride) != expected:
                 raise OSError(f"{bin_path(self.reader.prefix)} ends inside window {window}")
             tokens[row] = head
             labels[row] = tail
