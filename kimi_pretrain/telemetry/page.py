@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from kimi_pretrain.telemetry.quantities import count, decimal, duration, percent, printable
 from kimi_pretrain.telemetry.recorded import Recorded
@@ -174,7 +173,7 @@ def _sample(run: Recorded) -> str:
 
 
 def _config(run: Recorded) -> str:
-    text = escape(printable(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)))
+    text = escape(printable(run.config_text))
     return f"<details><summary>Configuration</summary>\n<pre>{text}</pre></details>"
 
 

@@ -146,7 +146,13 @@ def clipped_heads(axes: Axes, run: Recorded) -> None:
     axes.set_ylim(0.0, max(0.05, 1.15 * highest))
     if highest == 0.0:
         axes.text(
-            0.5, 0.5, "none", color=style.MUTED, ha="center", va="center", transform=axes.transAxes
+            0.5,
+            0.5,
+            "none" if run.tau is not None else "QK-Clip is off",
+            color=style.MUTED,
+            ha="center",
+            va="center",
+            transform=axes.transAxes,
         )
     axes.yaxis.set_major_formatter(style.PERCENT)
     axes.set_title("Heads clipped")

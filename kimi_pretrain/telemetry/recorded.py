@@ -55,6 +55,7 @@ class Recorded:
 
     directory: Path
     config: dict[str, Any]
+    config_text: str  # the same as it lies in the file
     steps: Table
     evals: Table
     domains: dict[str, Array]  # held-out loss by domain, [evaluations]
@@ -88,9 +89,11 @@ def read_run(run_dir: Path) -> Recorded:
             run_dir, f"{FILES['step']} holds at least one step", "again after the first step"
         )
     evals = list(read_rows(run_dir / FILES["eval"]))
+    text = config.read_text(encoding="utf-8")
     return Recorded(
         directory=run_dir,
-        config=yaml.safe_load(config.read_text(encoding="utf-8")),
+        config=yaml.safe_load(text),
+        config_text=text,
         steps=_table(rows),
         evals=_table(evals),
         domains=_domains(evals),
@@ -122,7 +125,11 @@ def _is_number(value: Any) -> bool:
 
 
 def _layers(path: Path) -> Layers | None:
-    rows = list(read_rows(path, _spread(sum(1 for _ in path.open("rb")) if path.exists() else 0)))
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        lines = sum(1 for _ in file)
+    rows = list(read_rows(path, _spread(lines)))
     if not rows:
         return None
     load = np.array([row["expert_load"] for row in rows], dtype=np.float64)

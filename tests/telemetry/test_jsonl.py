@@ -49,7 +49,7 @@ def test_nan_and_infinity_stay_numbers_for_json_loads(tmp_path: Path) -> None:
 def test_arrays_and_array_scalars_are_written_as_lists_and_numbers(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path)
     sink.row("layers", {"step": np.int64(2), "max_logits": np.ones((1, 2)), "clipped": [[True]]})
-    with pytest.raises(TypeError, match="not Path|not PosixPath"):
+    with pytest.raises(TypeError, match="a row holds"):
         sink.row("layers", {"step": 4, "path": tmp_path})
     sink.close()
     rows = list(read_rows(tmp_path / "layers.jsonl"))
