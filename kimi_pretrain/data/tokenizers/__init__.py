@@ -50,7 +50,8 @@ def check_kind(kind: str) -> None:
 def load_tokenizer(cfg: TokenizerConfig, root: Path) -> Tokenizer:
     """Open the tokenizer a configuration names; a relative ``cfg.path`` starts at ``root``.
 
-    Raises ConfigError for an unknown kind, a missing path, or a file that is not one.
+    Raises ConfigError for an unknown kind, a missing path, a file that is not one, or one
+    whose vocabulary is not ``cfg.vocab_size`` where that is given.
     """
     check_kind(cfg.kind)
     if cfg.kind == "bytes":
@@ -63,4 +64,12 @@ def load_tokenizer(cfg: TokenizerConfig, root: Path) -> Tokenizer:
             f"a tokenizer of kind {cfg.kind} reads a file",
             f"data.tokenizer.path=<a {file_name}, or the directory that holds it>",
         )
-    return open_file(root / Path(cfg.path).expanduser())
+    tokenizer = open_file(root / Path(cfg.path).expanduser())
+    if cfg.vocab_size not in (None, tokenizer.vocab_size):
+        raise ConfigError(
+            "data.tokenizer.vocab_size",
+            cfg.vocab_size,
+            f"the {file_name} at {cfg.path} has {tokenizer.vocab_size} ids",
+            f"data.tokenizer.vocab_size={tokenizer.vocab_size}, or null",
+        )
+    return tokenizer
