@@ -27,7 +27,7 @@ the arrays are checked, nothing is loaded. ``IndexedReader.verify`` checks every
 import os
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -72,6 +72,25 @@ def bin_path(prefix: str | os.PathLike[str]) -> Path:
 def idx_path(prefix: str | os.PathLike[str]) -> Path:
     """Index file of a prefix."""
     return Path(os.fspath(prefix) + ".idx")
+
+
+def index_bytes(lengths: Sequence[int], dtype: np.dtype[Any]) -> Iterator[bytes]:
+    """Content of an ``.idx`` in pieces: documents of one sequence each, packed without gaps.
+
+    lengths: tokens of each document; dtype: one of ``TOKEN_TYPES``.
+    """
+    count = len(lengths)
+    sizes = np.array(lengths, dtype="<i4")
+    yield HEADER.pack(MAGIC, VERSION, TYPE_CODES[dtype], count, count + 1)
+    yield sizes.tobytes()
+    start = 0
+    for first in range(0, count, CHUNK):
+        ends = start + np.cumsum(sizes[first : first + CHUNK], dtype=np.int64)
+        starts = np.concatenate(([start], ends[:-1]))
+        yield (starts * dtype.itemsize).astype("<i8").tobytes()
+        start = int(ends[-1])
+    for first in range(0, count + 1, CHUNK):
+        yield np.arange(first, min(first + CHUNK, count + 1), dtype="<i8").tobytes()
 
 
 class IndexedWriter:
@@ -132,7 +151,7 @@ class IndexedWriter:
         final, index = bin_path(self.prefix), idx_path(self.prefix)
         temporary_index = Path(f"{index}.tmp")
         with temporary_index.open("wb") as file:
-            for piece in self._index():
+            for piece in index_bytes(self._lengths, self.dtype):
                 file.write(piece)
             file.flush()
             os.fsync(file.fileno())
@@ -150,20 +169,6 @@ class IndexedWriter:
         """Drop what was written; an earlier finished pair of this prefix stays."""
         self._bin.close()
         self._temporary.unlink(missing_ok=True)
-
-    def _index(self) -> Iterator[bytes]:
-        lengths = np.array(self._lengths, dtype="<i4")
-        count = len(lengths)
-        yield HEADER.pack(MAGIC, VERSION, TYPE_CODES[self.dtype], count, count + 1)
-        yield lengths.tobytes()
-        start = 0
-        for first in range(0, count, CHUNK):
-            ends = start + np.cumsum(lengths[first : first + CHUNK], dtype=np.int64)
-            starts = np.concatenate(([start], ends[:-1]))
-            yield (starts * self.dtype.itemsize).astype("<i8").tobytes()
-            start = int(ends[-1])
-        for first in range(0, count + 1, CHUNK):
-            yield np.arange(first, min(first + CHUNK, count + 1), dtype="<i8").tobytes()
 
     def __enter__(self) -> Self:
         return self
