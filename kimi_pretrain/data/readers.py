@@ -92,8 +92,6 @@ def _jsonl(path: Path, unit: Unit) -> Iterator[Item]:
 
 def _parquet(path: Path, unit: Unit) -> Iterator[Item]:
     """Every row is a record; its text column is one document."""
-    import pyarrow
-
     file = parquet_file(path)
     stop = file.num_row_groups if unit.stop is None else unit.stop
     try:
@@ -104,8 +102,15 @@ def _parquet(path: Path, unit: Unit) -> Iterator[Item]:
                     place = f"{path}, row {row} of row group {group}"
                     yield _field({unit.text_field: value}, unit.text_field, place, repaired=False)
                     row += 1
-    except pyarrow.ArrowException as error:
+    except _arrow_errors() as error:
         raise EOFError(str(error).splitlines()[0]) from error
+
+
+def _arrow_errors() -> type[Exception]:
+    import pyarrow
+
+    damage: type[Exception] = pyarrow.ArrowException
+    return damage
 
 
 def _prose(path: Path, unit: Unit) -> Iterator[Item]:
