@@ -72,7 +72,8 @@ class TrainStream:
         self.seed = seed
         self.sequence_length = config.sequence_length
         self.document_mask = config.document_mask
-        prefixes = {name: files.train for name, files in prepared.domains.items()}
+        # Sorted: the order in which a configuration lists its domains decides nothing.
+        prefixes = {name: files.train for name, files in sorted(prepared.domains.items())}
         self.windows = _open(prefixes, config.sequence_length)
         stages = config.mixture or [
             MixtureStageConfig({name: float(w.count) for name, w in self.windows.items()})

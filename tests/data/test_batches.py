@@ -129,6 +129,14 @@ def test_weights_are_kept(prepared: PreparedData) -> None:
     assert np.bincount(tokens[200:]).tolist() == [400, 100, 300]
 
 
+def test_listing_of_the_domains_decides_nothing(prepared: PreparedData) -> None:
+    """Nor does one of weight 0: a resume after sorting a configuration goes on as before."""
+    listed = dict(reversed(prepared.domains.items()))
+    listed["aside"] = listed["code"]
+    turned = TrainStream(PreparedData(prepared.tokenizer, listed), config(), seed=0)
+    assert same(turned.read(0, 300), TrainStream(prepared, config(), seed=0).read(0, 300))
+
+
 def test_seeds_differ(prepared: PreparedData) -> None:
     first, second = (TrainStream(prepared, config(), seed=s).read(0, 64) for s in (0, 1))
     assert not np.array_equal(first.tokens, second.tokens)
