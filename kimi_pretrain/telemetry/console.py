@@ -13,7 +13,14 @@ from typing import Any, Protocol, Self, TextIO
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import LoggingConfig
 from kimi_pretrain.telemetry.pace import Pace
-from kimi_pretrain.telemetry.quantities import count, decimal, duration, percent, printable
+from kimi_pretrain.telemetry.quantities import (
+    count,
+    decimal,
+    duration,
+    percent,
+    printable,
+    progress,
+)
 
 KINDS = ("auto", "live", "plain", "off")
 NO_FACTS: Mapping[str, str] = MappingProxyType({})
@@ -216,8 +223,3 @@ def summary_figures(summary: Mapping[str, Any]) -> dict[str, str]:
         if summary.get("seconds") is not None:
             figures["trained on"] += f" in {duration(summary['seconds'])}"
     return figures
-
-
-def progress(step: int, total: int) -> str:
-    """How far a run is, as wide at its first step as at its last."""
-    return f"{step:>{len(str(total))}}/{total}"

@@ -4,8 +4,8 @@
 ``layers.jsonl`` the per-layer arrays every so many steps, ``summary.json`` one object at
 the end. Floats are written by ``repr``, so reading gives back the same bits. Values that
 JSON has no word for are written as Python's ``json`` module writes and reads them:
-``NaN``, ``Infinity``, ``-Infinity``. They stay numbers that way for ``json.loads``,
-pandas and jq; a reader that insists on RFC 8259 must map them itself.
+``NaN``, ``Infinity``, ``-Infinity``. They stay numbers that way for ``json.loads`` and
+pandas; jq reads null and the largest finite numbers, and a strict reader refuses the line.
 """
 
 import json

@@ -12,6 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from kimi_pretrain.telemetry.quantities import progress
+
 # Figures that leave the line first when the terminal is narrow.
 _DISPENSABLE = ("max logit", "MFU", "tokens/s", "ETA", "loss")
 _BAR_MIN, _BAR_MAX = 10, 40
@@ -28,7 +30,7 @@ class LiveView:
         self._drawn = 0.0
 
     def start(self, step: int, total: int) -> None:
-        line = StatusLine(step, total, {"step": f"{step}/{total}"})
+        line = StatusLine(step, total, {"step": progress(step, total)})
         self._live = Live(line, console=self._console, auto_refresh=False)
         self._live.start(refresh=True)
 

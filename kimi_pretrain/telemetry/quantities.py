@@ -54,6 +54,11 @@ def percent(share: float | None) -> str:
     return f"{100 * share:.1f}%" if abs(share) < 0.0995 else f"{100 * share:.0f}%"
 
 
+def progress(step: int, total: int) -> str:
+    """How far a run is, as wide at its first step as at its last."""
+    return f"{step:>{len(str(total))}}/{total}"
+
+
 def printable(text: str) -> str:
     """Text that no terminal or page obeys: controls but newline and tab become U+FFFD.
 
