@@ -63,10 +63,9 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 def compose_from(overrides: Sequence[str], name: str, more_folders: Sequence[Path]) -> Config:
     """``compose`` with another primary configuration or further folders of YAML files."""
     refuse_secrets(map(split_override, overrides), os.environ)
-    search = [f"hydra.searchpath=[{','.join(f.resolve().as_uri() for f in more_folders)}]"]
     register()
     try:
-        composed = _compose(name, [*overrides, *(search if more_folders else [])])
+        composed = _compose(overrides, name, [conf_dir(), *more_folders])
     except HYDRA_ERRORS as error:
         groups = group_options(conf_dir(), *more_folders)
         raise translate(error, overrides, groups) from error
@@ -94,13 +93,16 @@ def to_config(composed: DictConfig) -> Config:
     return config
 
 
-def _compose(name: str, overrides: list[str]) -> DictConfig:
+def _compose(overrides: Sequence[str], name: str, folders: Sequence[Path]) -> DictConfig:
     """Hydra's own composition; a Hydra application that is running around us stays as it was."""
+    primary = next((f for f in folders if (f / f"{name}.yaml").is_file()), folders[0]).resolve()
+    others = ",".join(f"'file://{f.resolve()}'" for f in folders if f.resolve() != primary)
+    search = [f"hydra.searchpath=[{others}]"] if others else []
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with hydra.initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE):
-            return hydra.compose(name, overrides=overrides)
+        with hydra.initialize_config_dir(str(primary), version_base=VERSION_BASE):
+            return hydra.compose(name, overrides=[*overrides, *search])
     finally:
         GlobalHydra.instance().hydra = running
 

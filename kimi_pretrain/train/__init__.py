@@ -1,0 +1,1 @@
+"""The training loop: one run from its configuration to its report."""

@@ -1,0 +1,80 @@
+"""What a person installs: the wheel holds the program and its configuration."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of the sources, so that no build/ of an earlier day leaks into it."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    for folder in ("kimi_pretrain", "conf"):
+        for file in (ROOT / folder).rglob("*"):
+            if file.is_file() and "__pycache__" not in file.parts:
+                copy = source / file.relative_to(ROOT)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(file.read_bytes())
+    target = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q"]
+    subprocess.run([*command, "-w", str(target), str(source)], check=True, stdin=subprocess.DEVNULL)
+    (built,) = target.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_every_module_and_every_configuration(wheel: Path) -> None:
+    """Catches a package without __init__.py and a YAML file that only a checkout has."""
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    modules = {str(f.relative_to(ROOT)) for f in (ROOT / "kimi_pretrain").rglob("*.py")}
+    conf = {f"kimi_pretrain/{f.relative_to(ROOT)}" for f in (ROOT / "conf").rglob("*.yaml")}
+    assert modules | conf | {"kimi_pretrain/py.typed"} <= inside
+    foreign = [name for name in inside if not name.startswith(("kimi_pretrain/", "kimi_pretrain-"))]
+    assert foreign == []
+
+
+def test_the_installed_program_runs_from_another_directory(wheel: Path, tmp_path: Path) -> None:
+    """Catches an installation that finds conf/ only beside the sources."""
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    zipfile.ZipFile(wheel).extractall(site)
+    program = (
+        f"import sys; sys.path.insert(0, {str(site)!r});"
+        "from kimi_pretrain.config.composition import conf_dir;"
+        f"assert conf_dir().is_relative_to({str(site.resolve())!r}), conf_dir();"
+        "from kimi_pretrain.cli import main;"
+        "sys.exit(main(['train', '--cfg', 'job', '--resolve', 'experiment=smoke']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program],
+        cwd=elsewhere,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "name: k2_micro" in done.stdout
+
+
+def test_importing_the_package_is_free() -> None:
+    """Catches an import of torch by ``import kimi_pretrain``, and public names that are gone."""
+    program = "import sys, kimi_pretrain; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False, cwd=ROOT).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_fresh_environment_installs_and_runs(tmp_path: Path) -> None:
+    """Catches a dependency that only the developers' environment has."""
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    subprocess.run([str(python), "-m", "pip", "install", "-q", str(ROOT)], check=True)
+    program = str(tmp_path / "venv" / "bin" / "kimi-pretrain")
+    command = [program, "train", "experiment=smoke", f"run_dir={tmp_path / 'run'}"]
+    subprocess.run(command, check=True, cwd=tmp_path, stdin=subprocess.DEVNULL)
+    assert (tmp_path / "run" / "metrics.jsonl").is_file()
