@@ -5,7 +5,7 @@ both lists against each other.
 """
 
 OPTIMIZERS = ("muonclip", "adamw")
-NEWTON_SCHULZ_TABLES = ("keller5",)
+NEWTON_SCHULZ_TABLES = ("keller5", "you5", "polar_express", "cans", "deepseek_v4")
 STAGE_SHAPES = ("linear", "constant", "cosine")
 PRECISIONS = ("auto", "bf16", "fp32", "fp64")
 TOKENIZERS = ("bytes", "bpe", "tiktoken")

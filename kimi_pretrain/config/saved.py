@@ -1,6 +1,5 @@
 """The configuration a run directory was started with, kept beside its checkpoints."""
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML, whole or not at all."""
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
-    os.replace(beside, path)
+    beside.replace(path)
 
 
 def require_same_run(config: Config, path: Path) -> None:

@@ -213,6 +213,9 @@ def _data(data: DataConfig) -> None:
     _at_least("data.sequence_length", data.sequence_length, 1)
     if data.recipe is not None:
         _one_of("data.recipe", data.recipe, tuple(names.RECIPES))
+        rule = f"the recipe {data.recipe} brings its own domains"
+        none = not data.domains
+        _require(none, "data.domains", [*data.domains], rule, "data=files, or no domains")
     tokenizer = data.tokenizer
     _one_of("data.tokenizer.kind", tokenizer.kind, names.TOKENIZERS)
     if tokenizer.kind == "tiktoken":

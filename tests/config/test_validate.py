@@ -8,7 +8,7 @@ import pytest
 
 from kimi_pretrain.config import compose
 from kimi_pretrain.config.errors import ConfigError
-from kimi_pretrain.config.schema import Config, RopeScalingConfig
+from kimi_pretrain.config.schema import Config, DomainConfig, RopeScalingConfig
 from kimi_pretrain.config.validate import validate, validate_model
 
 
@@ -87,6 +87,7 @@ IN_ONE_GROUP: list[tuple[str, dict[str, Any], str, str]] = [
     ("data", {"sequence_length": 8192}, "data.sequence_length", "=4096"),
     ("data", {"recipe": "defualt"}, "data.recipe", "=default"),
     ("data", {"recipe": None}, "data.domains", "data=default"),
+    ("data", {"domains": {"web": DomainConfig("w")}}, "data.domains", "data=files"),
     ("data", {"mixture": []}, "data.mixture", "=[{weights: {code: 1.0}}]"),
     # the rest
     ("cluster", {"peak_flops": 0.0}, "cluster.peak_flops", "=989e12"),
