@@ -28,9 +28,12 @@ LONGEST_FILE = 512 << 10
 SHORTEST_FILE = 64
 # Not text worth learning: tables of characters, broken on purpose, or used elsewhere.
 LEFT_OUT = frozenset(
-    {"site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3", "encoded_modules"}
+    {
+        *("site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3"),
+        *("encoded_modules", "__pycache__"),
+    }
 )
-TEST_FOLDERS = frozenset({"tests", "test", "testing", "_pyinstaller"})
+TEST_FOLDERS = frozenset({"tests", "test", "testing", "_pyinstaller", "__pycache__"})
 
 # Bytes of source at most: more than any run on a laptop reads, and soon tokenised.
 CODE_BYTES = 12_000_000
@@ -196,13 +199,11 @@ def capped(
     found: list[tuple[bytes, int, Path]] = []
     for part in below:
         start = root / part
-        for path in [start] if start.is_file() else walk(start) if start.is_dir() else ():
-            relative = path.relative_to(root)
+        for path in [start] if start.is_file() else walk(start, skip) if start.is_dir() else ():
             size = path.stat().st_size
-            wanted = path.suffix == ".py" and not skip.intersection(relative.parts)
-            if wanted and SHORTEST_FILE <= size <= LONGEST_FILE:
-                key = hashlib.sha256(relative.as_posix().encode()).digest()
-                found.append((key, size, path))
+            if path.suffix == ".py" and SHORTEST_FILE <= size <= LONGEST_FILE:
+                relative = path.relative_to(root).as_posix()
+                found.append((hashlib.sha256(relative.encode()).digest(), size, path))
     chosen, total = [], 0
     for _, size, path in sorted(found):
         if limit is None or total + size <= limit:
@@ -234,8 +235,13 @@ def _stdlib_state() -> list[str]:
 
 def _installed_state() -> list[str]:
     names = dict.fromkeys((*MATH_BYTES, *DOCUMENTED_PACKAGES, *DESCRIBED_PACKAGES))
-    found = [installed(name) for name in names]
-    return [*_stdlib_state(), *(entry.label for entry in found if entry is not None)]
+    state = _stdlib_state()
+    for name in names:
+        try:
+            state.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return state
 
 
 RECIPES = {

@@ -84,10 +84,11 @@ def format_of(path: Path) -> str | None:
     return RECORD_SUFFIXES.get(last) or ("text" if last in TEXT_SUFFIXES else None)
 
 
-def walk(root: Path) -> Iterator[Path]:
+def walk(root: Path, skip: frozenset[str] = SKIPPED_DIRECTORIES) -> Iterator[Path]:
     """Files below a directory, names in order at every level; no links, nothing hidden.
 
-    Raises ConfigError for a directory that cannot be listed.
+    Directories named in `skip` are not entered. Raises ConfigError for one that cannot be
+    listed.
     """
     try:
         entries = sorted(os.scandir(root), key=lambda entry: entry.name)
@@ -102,8 +103,8 @@ def walk(root: Path) -> Iterator[Path]:
         if entry.name.startswith(".") or entry.is_symlink():
             continue
         if entry.is_dir():
-            if entry.name not in SKIPPED_DIRECTORIES:
-                yield from walk(Path(entry.path))
+            if entry.name not in skip:
+                yield from walk(Path(entry.path), skip)
         elif entry.is_file():
             yield Path(entry.path)
 

@@ -7,6 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.data.documents import Document
+from kimi_pretrain.data.readers import read
+from kimi_pretrain.data.recipes import RECIPES
 from kimi_pretrain.data.tokenizers.tiktoken_file import (
     TiktokenFileTokenizer,
     cut,
@@ -107,6 +110,30 @@ def test_ids_equal_tiktoken_and_an_independent_implementation(k2_file, k2_tokeni
         assert ids == oracle.encode_ordinary(text)
         assert ids == list(splintr.encode_ordinary(text))
         assert k2_tokenizer.decode(ids) == text
+
+
+@pytest.mark.slow
+def test_ids_equal_tiktoken_on_the_whole_default_corpus(k2_file, k2_tokenizer):
+    oracle = oracle_for(k2_file)
+    splintr = pytest.importorskip("splintr").Tokenizer.from_pretrained("kimi_k2")
+    compared = 0
+    for domain in RECIPES["default"].collect().values():
+        for unit in domain.units:
+            for item in read(unit):
+                assert isinstance(item, Document)
+                if not item.text:
+                    continue
+                ids = k2_tokenizer.encode(item.text)
+                expected = [
+                    index
+                    for piece in upstream_cut(item.text, 400_000, 25_000)
+                    for index in oracle.encode_ordinary(piece)
+                ]
+                assert ids == expected, item.text[:80]
+                assert ids == list(splintr.encode_ordinary(item.text)), item.text[:80]
+                assert k2_tokenizer.decode_bytes(ids) == item.text.encode()
+                compared += len(ids)
+    assert compared > 5_000_000
 
 
 def test_long_runs_are_encoded_as_upstream(k2_file, k2_tokenizer):
