@@ -194,7 +194,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     with torch.no_grad():
-        # "format" is what transformers insists on before it reads the file.
+        # transformers 4 reads no file without "format".
         plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(plain, partial, metadata={"format": "pt"})
     partial.replace(path)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from kimi_pretrain.checkpoint.shards import INDEX, SINGLE, WeightFiles, plan_shards, write_weights
@@ -35,6 +36,13 @@ def test_what_is_written_is_read(tmp_path: Path, limit: int, shards: int) -> Non
         assert torch.equal(found[name], tensor)
     assert len(list(tmp_path.glob("*.safetensors"))) == shards
     assert (tmp_path / INDEX).exists() == (shards > 1)
+
+
+def test_files_say_their_format(tmp_path: Path) -> None:
+    """Catches a file that transformers 4 refuses, though transformers 5 reads it."""
+    write_weights(tmp_path, TENSORS, 10**6)
+    with safe_open(tmp_path / SINGLE, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
 
 
 def test_index_names_every_tensor_and_the_total(tmp_path: Path) -> None:

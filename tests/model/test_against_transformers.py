@@ -106,7 +106,7 @@ def test_router_of_a_bf16_model(biases: str, level: float, tmp_path: Path) -> No
     changes = {"n_routed_experts": 48, "num_experts_per_tok": 8, "n_group": 4, "topk_group": 2}
     reference = peer.build_peer(changes, biases, torch.bfloat16)
     gate = reference.model.layers[1].mlp.gate
-    gate.e_score_correction_bias.data = gate.e_score_correction_bias.float() + 1e-4
+    gate.e_score_correction_bias.data = gate.e_score_correction_bias.float() * 1.003
     hidden = torch.randn(1, 300, 48, generator=torch.Generator().manual_seed(2)).bfloat16()
     with torch.no_grad():
         gate.weight[:, 0] = level
