@@ -23,10 +23,12 @@ def test_every_element_takes_its_own_block(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(shape, generator=generator).mul(50).to(torch.float8_e4m3fn)
     scale = torch.rand(scale_shape(shape), generator=generator) + 0.5
-    expected = torch.empty(shape)
-    for i in range(shape[0]):
-        for j in range(shape[1]):
-            expected[i, j] = q[i, j].float() * scale[i // 128, j // 128]
+    values, scales = q.double().tolist(), scale.tolist()
+    products = [
+        [value * scales[i // 128][j // 128] for j, value in enumerate(row)]
+        for i, row in enumerate(values)
+    ]  # exact: 4 bits times 24 bits
+    expected = torch.tensor(products, dtype=torch.float64).float()
     assert torch.equal(dequantise(q, scale), expected)
 
 

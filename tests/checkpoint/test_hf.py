@@ -174,11 +174,10 @@ def test_bf16_file_into_wider_models(checkpoint: Path) -> None:
         {name: tensor.bfloat16() for name, tensor in stored(checkpoint).items()},
         checkpoint / "model.safetensors",
     )
+    file = stored(checkpoint)
     for dtype in (torch.float32, torch.float64):
-        model = from_hf(checkpoint, dtype)
-        for name, tensor in weights_of(model).items():
-            assert tensor.dtype == dtype, name
-            assert torch.equal(tensor, stored(checkpoint)[name].to(dtype)), name
+        expected = {name: tensor.to(dtype) for name, tensor in file.items()}
+        assert_same(weights_of(from_hf(checkpoint, dtype)), expected)
 
 
 def test_the_model_trains_and_leaves_the_file_alone(checkpoint: Path) -> None:
