@@ -54,7 +54,7 @@ class Chunk(nn.Module):
             self.lm_head = Projection(cfg.hidden_size, cfg.vocab_size, dtype)
 
     def run(self, x: Tensor, microbatch: Microbatch, dispatcher: Dispatcher) -> Tensor:
-        """Tokens [batch, length] (first chunk) or hidden states [batch, length, hidden] to the latter.
+        """Tokens [batch, length] in the first chunk, hidden states after it, to hidden states.
 
         The last chunk's final norm is included.
         """

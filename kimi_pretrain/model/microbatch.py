@@ -34,4 +34,4 @@ class Microbatch:
     ) -> "Microbatch":
         """Tables for positions 0 .. length - 1 and the mask of ``document_ids`` [batch, length]."""
         cos, sin = rope_tables(cfg, length, accumulate_dtype(dtype), device)
-        return cls(cos, sin, softmax_scale(cfg), document_mask(document_ids, dtype), record)
+        return cls(cos, sin, softmax_scale(cfg), document_mask(document_ids), record)

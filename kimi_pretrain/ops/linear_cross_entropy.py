@@ -1,12 +1,19 @@
-"""Cross entropy of a linear head in tiles over the vocabulary.
+"""Cross entropy of a linear head whose logits never exist at once.
 
-K2's vocabulary has 163,840 entries: the logits of 4,096 tokens would take 2.7 GB in fp32,
-more than the rest of the head together. Forward goes over tiles of the vocabulary with an
-online log-sum-exp (arXiv 1805.02867); backward computes a tile's logits again. Where all
-logits fit one tile, that tile is kept and nothing is computed twice.
+K2's vocabulary has 163,840 entries: the logits of 4,096 tokens would take 2.7 GB in fp32.
+They are computed in tiles of a fixed number of elements:
+
+- A vocabulary that fits a tile for some hundreds of tokens is taken whole, for that many
+  tokens at a time; nothing is computed twice.
+- A larger one is cut. A first pass over its tiles finds every token's log-sum-exp (online,
+  arXiv 1805.02867), a second one computes the logits again and the gradients from them.
+
+Both gradients are computed in forward, while a tile is in the cache: the loss is the last
+operation of the model, so backward is one scaling, and no logits are kept for it.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +23,13 @@ from kimi_pretrain.ops.precision import accumulate_dtype
 
 IGNORED = -100  # a label that takes no part in the loss
 
-# Logits that may exist at once: 64 MiB in bf16, 128 MiB in fp32.
-TILE_ELEMENTS = 2**25
-# Logits widened to fp32 at a time: 1 MiB, so that they stay in a core's cache.
-_BLOCK_ELEMENTS = 2**18
+# Logits that exist at once: 8 MiB in bf16, 16 MiB in fp32, about a core's share of a last
+# level cache, and enough rows for a matrix product at full speed.
+TILE_ELEMENTS = 2**22
+# Fewer tokens than this a tile, and the vocabulary is cut instead.
+_MIN_TOKENS = 256
+# Logits widened to fp32 at a time: 512 KiB, so that they stay in a core's own cache.
+_BLOCK_ELEMENTS = 2**17
 
 
 def linear_cross_entropy(
@@ -35,15 +45,19 @@ def linear_cross_entropy(
         hidden: [tokens, width].
         weight: [vocabulary, width].
         labels: [tokens] int64; ``IGNORED`` (-100) takes no part.
-        denominator: of the sum; by default the number of labels that take part (1 where none does).
+        denominator: of the sum; by default the number of labels that take part (1 where
+            none does).
         tile_elements: logits that may exist at once.
 
     Returns:
-        Scalar in fp32 (fp64 for fp64), as are all reductions over the vocabulary.
+        Scalar in fp32 (fp64 for fp64), as are all sums over the vocabulary and over tiles.
     """
     if denominator is None:
         denominator = max(1, int((labels != IGNORED).sum()))
-    return _LinearCrossEntropy.apply(hidden, weight, labels, denominator, tile_elements)  # type: ignore[no-any-return, no-untyped-call]
+    differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
+        hidden, weight, labels, denominator, tile_elements, differentiable
+    )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -55,61 +69,122 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         denominator: int,
         tile_elements: int,
+        differentiable: bool,
     ) -> Tensor:
-        width = max(1, tile_elements // max(1, hidden.shape[0]))
-        high = accumulate_dtype(hidden.dtype)
-        lse = torch.full(labels.shape, -torch.inf, dtype=high, device=hidden.device)
-        chosen = torch.zeros_like(lse)  # the label's own logit
-        tile = None
-        for first, rows in _tiles(weight, width):
-            tile = torch.mm(hidden, rows.t())  # [tokens, tile]
-            local, here = _local_labels(labels, first, rows.shape[0])
-            chosen += torch.where(here, tile.gather(1, local[:, None])[:, 0].to(high), 0)
-            for block in _blocks(tile):
-                part = torch.logsumexp(tile[block].to(high), dim=1)
-                lse[block] = torch.logaddexp(lse[block], part)
+        tokens, vocabulary = hidden.shape[0], weight.shape[0]
         valid = labels != IGNORED
-        kept = tile if width >= weight.shape[0] else None
-        ctx.save_for_backward(hidden, weight, labels, lse, kept)
-        ctx.denominator, ctx.width = denominator, width
-        return torch.where(valid, lse - chosen, 0).sum() / denominator
+        problem = _Problem(
+            hidden,
+            weight,
+            torch.where(valid, labels, 0),
+            valid.to(accumulate_dtype(hidden.dtype)),
+            1.0 / denominator,
+        )
+        if tile_elements >= vocabulary * min(tokens, _MIN_TOKENS):
+            run, step = _whole_vocabulary, max(1, tile_elements // vocabulary)
+        else:
+            run, step = _cut_vocabulary, max(1, tile_elements // tokens)
+        losses, gradients = run(problem, step, differentiable)
+        if gradients is not None:
+            ctx.save_for_backward(*gradients)
+        return torch.dot(losses, problem.valid) * problem.scale
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        hidden, weight, labels, lse, kept = ctx.saved_tensors
-        high = lse.dtype
-        scale = grads[0].to(high) / ctx.denominator
-        factor = torch.where(labels != IGNORED, scale, 0)[:, None]  # [tokens, 1]
-        grad_hidden = torch.zeros(hidden.shape, dtype=high, device=hidden.device)
-        grad_weight = torch.empty_like(weight)
-        for first, rows in _tiles(weight, ctx.width):
-            logits = kept if kept is not None else torch.mm(hidden, rows.t())  # [tokens, tile]
-            grad = torch.empty_like(logits)
-            local, here = _local_labels(labels, first, rows.shape[0])
-            for block in _blocks(logits):
-                wide = torch.sub(logits[block], lse[block, None]).exp_()  # probabilities
-                wide.scatter_add_(1, local[block, None], -here[block, None].to(high))
-                torch.mul(wide, factor[block], out=grad[block])
-            grad_hidden += torch.mm(grad, rows)
-            torch.mm(grad.t(), hidden, out=grad_weight[first : first + rows.shape[0]])
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grads[0], grad_weight * grads[0], None, None, None, None
 
 
-def _tiles(weight: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
-    """(first vocabulary entry, rows of the weight) of every tile."""
-    for first in range(0, weight.shape[0], width):
-        yield first, weight[first : first + width]
+@dataclass(frozen=True)
+class _Problem:
+    hidden: Tensor  # [tokens, width]
+    weight: Tensor  # [vocabulary, width]
+    targets: Tensor  # [tokens], 0 where ignored
+    valid: Tensor  # [tokens] 1 or 0, in the dtype of sums
+    scale: float  # of the sum of losses
+
+
+_Result = tuple[Tensor, tuple[Tensor, Tensor] | None]  # losses [tokens], gradients if wanted
+
+
+def _whole_vocabulary(problem: _Problem, step: int, differentiable: bool) -> _Result:
+    """``step`` tokens at a time: logits, their softmax, and both gradients from it."""
+    hidden, weight, valid = problem.hidden, problem.weight, problem.valid
+    losses = torch.empty_like(valid)
+    grad_hidden = torch.empty_like(hidden)
+    grad_weight = torch.zeros_like(weight, dtype=valid.dtype)
+    for rows in _slices(hidden.shape[0], step):
+        tile = torch.mm(hidden[rows], weight.t())  # [step, vocabulary]
+        each = torch.arange(tile.shape[0], device=tile.device)
+        own = tile[each, problem.targets[rows]].to(valid.dtype)
+        lse = torch.empty_like(own)
+        for block in _blocks(tile):
+            probabilities, lse[block] = _softmax(tile[block])
+            if differentiable:
+                tile[block] = probabilities
+        losses[rows] = lse - own
+        if differentiable:
+            # Softmax minus one at the target, before rounding: 0.999 - 1 in bf16 is not -0.001.
+            tile[each, problem.targets[rows]] = torch.expm1(own - lse).to(tile.dtype)
+            counted = valid[rows, None]
+            grad_hidden[rows] = torch.mm(tile, weight).to(valid.dtype) * (counted * problem.scale)
+            grad_weight += torch.mm(tile.t(), hidden[rows] * counted.to(hidden.dtype))
+    if not differentiable:
+        return losses, None
+    return losses, (grad_hidden, grad_weight.mul_(problem.scale).to(weight.dtype))
+
+
+def _cut_vocabulary(problem: _Problem, step: int, differentiable: bool) -> _Result:
+    """All tokens, ``step`` entries of the vocabulary at a time, in two passes."""
+    hidden, weight, valid = problem.hidden, problem.weight, problem.valid
+    lse = torch.full_like(valid, -torch.inf)
+    own = torch.zeros_like(valid)  # the target's logit
+    for columns in _slices(weight.shape[0], step):
+        tile = torch.mm(hidden, weight[columns].t())  # [tokens, step]
+        rows, local = _targets_within(problem.targets, columns)
+        own[rows] = tile[rows, local].to(own.dtype)
+        for block in _blocks(tile):
+            lse[block] = torch.logaddexp(lse[block], _softmax(tile[block])[1])
+    losses = lse - own
+    if not differentiable:
+        return losses, None
+    counted = hidden * valid[:, None].to(hidden.dtype)
+    grad_hidden = torch.zeros_like(hidden, dtype=valid.dtype)
+    grad_weight = torch.empty_like(weight)
+    for columns in _slices(weight.shape[0], step):
+        tile = torch.mm(hidden, weight[columns].t())
+        for block in _blocks(tile):
+            tile[block] = torch.exp(tile[block] - lse[block, None])
+        rows, local = _targets_within(problem.targets, columns)
+        tile[rows, local] = torch.expm1(own[rows] - lse[rows]).to(tile.dtype)
+        grad_hidden += torch.mm(tile, weight[columns])
+        grad_weight[columns] = torch.mm(tile.t(), counted).to(valid.dtype) * problem.scale
+    grad_hidden.mul_(valid[:, None] * problem.scale)
+    return losses, (grad_hidden.to(hidden.dtype), grad_weight)
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and log-sum-exp of rows of logits, in the dtype of sums.
+
+    The log-sum-exp comes from the largest probability, which is at least one over the
+    vocabulary: one exponential serves both.
+    """
+    probabilities = torch.softmax(logits, dim=1, dtype=accumulate_dtype(logits.dtype))
+    lse = logits.amax(dim=1).to(probabilities.dtype) - probabilities.amax(dim=1).log_()
+    return probabilities, lse
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    for first in range(0, length, step):
+        yield slice(first, min(first + step, length))
 
 
 def _blocks(tile: Tensor) -> Iterator[slice]:
     """Rows of a tile that are widened together."""
-    step = max(1, _BLOCK_ELEMENTS // tile.shape[1])
-    for first in range(0, tile.shape[0], step):
-        yield slice(first, first + step)
+    return _slices(tile.shape[0], max(1, _BLOCK_ELEMENTS // tile.shape[1]))
 
 
-def _local_labels(labels: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
-    """Labels as columns of a tile (0 where elsewhere), and whether they lie in the tile."""
-    local = labels - first
-    here = (local >= 0) & (local < width)
-    return torch.where(here, local, 0), here
+def _targets_within(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Tokens whose target lies in a tile, and its column there."""
+    rows = ((targets >= columns.start) & (targets < columns.stop)).nonzero()[:, 0]
+    return rows, targets[rows] - columns.start
