@@ -36,12 +36,12 @@ def main(argv: Sequence[str]) -> int:
         return run(arguments)
     except BadInputError as error:
         for defect in error.defects:
-            _complain(str(defect.error()))
-        _complain(f"{error.count} defects; what is finished is kept, run again to go on")
+            _refuse(str(defect.error()))
+        _refuse(f"{error.count} defects; what is finished is kept, run again to go on")
     except ConfigError as error:
-        _complain(str(error))
+        _refuse(str(error))
     except OSError as error:
-        _complain(f"{error.filename or 'input or output'}: {error.strerror or error}")
+        _refuse(f"{error.filename or 'input or output'}: {error.strerror or error}")
     return BAD_INPUT
 
 
@@ -178,6 +178,10 @@ def _show(lines: Iterable[str]) -> None:
 
 def _complain(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+def _refuse(line: str) -> None:
+    _complain(f"kimi-pretrain: {line}")
 
 
 def _prefix(text: str) -> Path:

@@ -1,6 +1,5 @@
 """The corpus a run reads: built on first use from a recipe, or opened where it lies."""
 
-import difflib
 import hashlib
 import json
 import shutil
@@ -9,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.config.nearest import nearest_name
 from kimi_pretrain.config.schema import DataConfig, TokenizerConfig
 from kimi_pretrain.data import manifest as manifests
 from kimi_pretrain.data.indexed import bin_path, idx_path
@@ -50,7 +50,7 @@ def ensure(cfg: DataConfig, progress: Progress = silent) -> PreparedData:
             "data.recipe",
             cfg.recipe,
             f"it is one of {', '.join(RECIPES)}, or null",
-            (difflib.get_close_matches(cfg.recipe, RECIPES, n=1) or ["default"])[0],
+            nearest_name(cfg.recipe, RECIPES),
         )
     recipe = RECIPES[cfg.recipe]
     corpus = root / directory_name(recipe, cfg.tokenizer, root)
@@ -113,6 +113,10 @@ def _build(corpus: Path, recipe: Recipe, tokenizer: TokenizerConfig, progress: P
     """Build under the lock, in a hidden directory that a later call can go on with."""
     if (corpus / manifests.FILE_NAME).exists():
         return
+
+    def told(stage: str, done: int, total: int) -> None:
+        progress(f"{recipe.name} corpus: {stage}", done, total)
+
     partial = corpus.parent / f".{corpus.name}.partial"
     domains = recipe.collect()
     options = recipe.options
@@ -126,13 +130,13 @@ def _build(corpus: Path, recipe: Recipe, tokenizer: TokenizerConfig, progress: P
                 tokenizer.vocab_size or DEFAULT_VOCABULARY,
                 options.heldout,
                 options.dedup,
-                progress,
+                told,
             )
         tokenizer = replace(tokenizer, path=str(file.absolute()))
     elif tokenizer.path is not None:
         path = corpus.parent / Path(tokenizer.path).expanduser()
         tokenizer = replace(tokenizer, path=str(path.absolute()))
-    manifest = prepare(partial, domains, tokenizer, options, progress=progress)
+    manifest = prepare(partial, domains, tokenizer, options, progress=told)
     identity = {"name": recipe.name, "version": recipe.version}
     manifests.write(partial, replace(manifest, recipe=identity))
     shutil.rmtree(partial / WORK)
@@ -207,5 +211,6 @@ def _nearest(prefix: Path, root: Path) -> str:
     folder = next((path for path in prefix.parents if path.is_dir()), root)
     depths = ("*.idx", "*/*.idx", "*/*/*.idx")
     present = [str(path.with_suffix("")) for depth in depths for path in folder.glob(depth)]
-    close = difflib.get_close_matches(str(prefix), present, n=1, cutoff=0.0)
-    return close[0] if close else "kimi-pretrain data prepare, which writes such files"
+    if present:
+        return nearest_name(str(prefix), present)
+    return "kimi-pretrain data prepare, which writes such files"

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 # (what is being done, done so far, of how much); units are the caller's, bytes mostly.
 Progress = Callable[[str, int, int], None]
@@ -21,24 +21,37 @@ def console() -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield plain_lines(sys.stderr.write)
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
+    with ExitStack() as stack:
+        bars: Progress | None = None
+
+        def show(stage: str, done: int, total: int) -> None:
+            nonlocal bars
+            # Nothing appears, and rich is not even imported, until there is something to tell.
+            if bars is None:
+                bars = stack.enter_context(_bars())
+            bars(stage, done, total)
+
+        yield show
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    from rich import console, progress
 
     columns = (
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        progress.TextColumn("{task.description:<36}"),
+        progress.BarColumn(),
+        progress.TextColumn("{task.percentage:>3.0f}%"),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
     )
-    with Bars(*columns, console=Console(stderr=True)) as bars:
-        tasks = {}
+    with progress.Progress(*columns, console=console.Console(stderr=True)) as display:
+        tasks: dict[str, progress.TaskID] = {}
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage)
-            bars.update(tasks[stage], completed=done, total=max(total, 1))
+                tasks[stage] = display.add_task(stage)
+            display.update(tasks[stage], completed=done, total=max(total, 1))
 
         yield show
 

@@ -4,7 +4,6 @@ The cut depends on the input alone, never on the number of workers, so that prep
 are the same bytes on two cores and on two hundred.
 """
 
-import difflib
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.config.nearest import nearest_name
 from kimi_pretrain.data.documents import Unit
 from kimi_pretrain.data.readers import READERS, parquet_file
 
@@ -166,8 +166,7 @@ def _row_groups(whole: Unit, limit: int) -> Iterator[Unit]:
             f"text column of {path}",
             whole.text_field,
             f"the file has the columns {', '.join(columns[:12])}",
-            "--text-field "
-            + (difflib.get_close_matches(whole.text_field, columns, n=1) or columns or ["text"])[0],
+            "--text-field " + nearest_name(whole.text_field, columns or ["text"]),
         )
     count = file.num_row_groups
     per_unit = max(1, count * limit // max(whole.size, 1))
@@ -188,10 +187,9 @@ def _untold(path: Path) -> NoReturn:
 def _absent(path: Path) -> ConfigError:
     parent = path.parent
     names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=1)
     return ConfigError(
         "input path",
         str(path),
         "it must be an existing file or directory",
-        str(parent / close[0]) if close else "a path that exists",
+        str(parent / nearest_name(path.name, names)) if names else "a path that exists",
     )

@@ -4,11 +4,11 @@ All are lossless, and none runs code that came with a file. The classes load laz
 on bytes never imports `tokenizers` or `tiktoken`.
 """
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 
 from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.config.nearest import nearest_name
 from kimi_pretrain.config.schema import TokenizerConfig
 from kimi_pretrain.data.tokenizer_protocol import Tokenizer
 from kimi_pretrain.data.tokenizers.bytes import ByteTokenizer
@@ -43,7 +43,7 @@ def check_kind(kind: str) -> None:
             "data.tokenizer.kind",
             kind,
             f"it is one of {', '.join(KINDS)}",
-            (difflib.get_close_matches(kind, KINDS, n=1) or ["bytes"])[0],
+            nearest_name(kind, KINDS),
         )
 
 
