@@ -49,7 +49,8 @@ def snapshot(model: CausalLM, optimizer: MuonClip, state: dict[str, Any]) -> Sna
         if kind != "master"
         for name, view in hf_views(internal, tensor)
     }
-    return Snapshot(weights, moments, {**state, "optimizer_steps": optimizer.steps})
+    counts = {"steps": optimizer.steps, "last_clipped_step": optimizer.last_clipped_step}
+    return Snapshot(weights, moments, {**state, "optimizer": counts})
 
 
 def write(directory: Path, snapshot: Snapshot) -> None:
@@ -65,7 +66,8 @@ def restore(directory: Path, model: CausalLM, optimizer: MuonClip) -> dict[str, 
     Raises CheckpointError when a tensor is missing or has another shape.
     """
     state: dict[str, Any] = json.loads((directory / STATE).read_text())
-    optimizer.steps = state["optimizer_steps"]
+    optimizer.steps = state["optimizer"]["steps"]
+    optimizer.last_clipped_step = state["optimizer"]["last_clipped_step"]
     masters = _masters(model, optimizer)
     with safe_open(directory / WEIGHTS, framework="pt") as file, torch.no_grad():
         names = set(file.keys())

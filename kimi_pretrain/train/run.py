@@ -21,14 +21,16 @@ from kimi_pretrain.config.schema import Config
 from kimi_pretrain.data.batches import Batch, Prefetcher, TrainStream, heldout_windows
 from kimi_pretrain.data.corpus import ensure
 from kimi_pretrain.data.prepared import PreparedData
+from kimi_pretrain.data.progress import console as progress_display
 from kimi_pretrain.model.build import from_config
 from kimi_pretrain.model.causal_lm import CausalLM
 from kimi_pretrain.ops.precision import resolve
 from kimi_pretrain.optim.lr import total_steps
 from kimi_pretrain.optim.registry import build_optimizer
 from kimi_pretrain.plan.flops import training_flops_per_token
+from kimi_pretrain.plan.parameters import count_parameters
 from kimi_pretrain.telemetry.console import Console
-from kimi_pretrain.telemetry.sinks import Sinks, open_sinks
+from kimi_pretrain.telemetry.sinks import Sinks, check_sinks, open_sinks
 from kimi_pretrain.train.step import TrainStep
 from kimi_pretrain.train.throughput import measure_matmul_peak
 
@@ -82,7 +84,9 @@ def open_run(config: Config) -> Run:
     directory = Path(config.run_dir)
     console = Console(config.logging)
     directory.mkdir(parents=True, exist_ok=True)
-    data = ensure(config.data, console.note)
+    check_sinks(config)
+    with progress_display() as progress:
+        data = ensure(config.data, progress)
     _require_vocabulary(config, data)
     dtype = resolve(config.precision)
     device = _device()
@@ -116,8 +120,23 @@ def open_run(config: Config) -> Run:
         flops_per_token=training_flops_per_token(config.model, config.data.sequence_length),
         peak_flops=config.cluster.peak_flops or measure_matmul_peak(dtype, device),
     )
-    console.start(run.total_steps, first_step)
+    console.start(run.total_steps, first_step, _facts(run, dtype, device))
     return run
+
+
+def _facts(run: Run, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+    """What a person wants to know before the first step."""
+    config, count = run.config, count_parameters(run.config.model)
+    tokens = run.total_steps * run.tokens_per_step
+    return {
+        "run": str(run.directory),
+        "model": f"{config.model.name}, {count.total / 1e6:,.1f}M parameters, "
+        f"{count.active_with_head / 1e6:,.1f}M active a token (head included)",
+        "data": f"{', '.join(run.data.domains)}; {run.data.tokenizer.vocab_size:,} token ids",
+        "steps": f"{run.total_steps:,} x {run.tokens_per_step:,} tokens = {tokens / 1e6:,.1f}M",
+        "precision": f"{str(dtype).removeprefix('torch.')} on {device}, "
+        f"{torch.get_num_threads()} threads, matmul peak {run.peak_flops / 1e9:,.0f} GFLOP/s",
+    }
 
 
 def _device() -> torch.device:
