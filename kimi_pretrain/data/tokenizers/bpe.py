@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -14,6 +15,9 @@ from kimi_pretrain.data.tokenizers.pieces import PieceTable
 END_OF_DOCUMENT = "<|endoftext|>"
 FILE_NAME = "tokenizer.json"
 SMALLEST_VOCABULARY = 257  # every byte, and the end of a document
+# The library takes about 140 bytes of memory for a character while it encodes.
+PIECE_CHARACTERS = 1 << 18
+GROUP_CHARACTERS = 1 << 22
 
 
 class BpeTokenizer(PieceTable):
@@ -42,6 +46,9 @@ class BpeTokenizer(PieceTable):
         self._tokenizer.no_padding()
         # A special token's name inside a text is text: a corpus must not end documents by itself.
         self._tokenizer.encode_special_tokens = True
+        self._has_k2_split = (
+            self._tokenizer.pre_tokenizer.__getstate__() == _k2_split().__getstate__()
+        )
         self._eod_id = _end_of_document(self._tokenizer, file)
         super().__init__(_pieces(self._tokenizer, file))
 
@@ -52,16 +59,17 @@ class BpeTokenizer(PieceTable):
 
     def encode(self, text: str) -> list[int]:
         """Raises UnicodeEncodeError for a lone surrogate, which no UTF-8 text holds."""
-        text.encode("utf-8")
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, on all cores unless TOKENIZERS_PARALLELISM=false."""
-        for text in texts:
-            text.encode("utf-8")
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        result: list[list[int]] = [[] for _ in texts]
+        for group in _groups(texts, PIECE_CHARACTERS if self._has_k2_split else None):
+            pieces = [piece for _, piece in group]
+            encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+            for (index, _), encoding in zip(group, encodings, strict=True):
+                result[index] += encoding.ids
+        return result
 
     def fingerprint(self) -> str:
         """SHA-256 of ``tokenizer.json``."""
@@ -83,12 +91,7 @@ def train(texts: Iterable[str], vocab_size: int) -> bytes:
             f"{SMALLEST_VOCABULARY} or more",
         )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(K2_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = _k2_split()
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -120,6 +123,50 @@ def byte_alphabet() -> dict[str, int]:
     letters = {chr(value): value for value in printable}
     letters.update({chr(0x100 + index): value for index, value in enumerate(others)})
     return letters
+
+
+def cut_at_lines(text: str, characters: int) -> Iterator[str]:
+    """Cut a text into pieces of about so many characters, where K2's pattern cuts anyway.
+
+    No match of the pattern goes on from a newline to what is not white space, nor does one
+    before that place depend on what follows it; so the pieces' ids are the text's.
+    """
+    start = 0
+    while len(text) - start > characters:
+        border = _LINE_START.search(text, start + characters)
+        if border is None:
+            break
+        yield text[start : border.end()]
+        start = border.end()
+    yield text[start:]
+
+
+_LINE_START = re.compile(r"\n(?=\S)")
+
+
+def _groups(texts: Sequence[str], characters: int | None) -> Iterator[list[tuple[int, str]]]:
+    """(index of the text, piece of it) in groups that fit into memory together."""
+    group: list[tuple[int, str]] = []
+    size = 0
+    for index, text in enumerate(texts):
+        text.encode("utf-8")
+        for piece in [text] if characters is None else cut_at_lines(text, characters):
+            group.append((index, piece))
+            size += len(piece)
+            if size >= GROUP_CHARACTERS:
+                yield group
+                group, size = [], 0
+    if group:
+        yield group
+
+
+def _k2_split() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(K2_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
 
 
 def _parse(data: bytes, file: Path) -> Tokenizer:

@@ -5,6 +5,9 @@ import sys
 
 import pytest
 import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.data.tokenizers import bpe
@@ -56,6 +59,41 @@ def test_split_equals_the_one_tiktoken_makes(bpe_file, small_tiktoken_file, stdl
     mixed = "Ünïcode世界WORLD's 漢字かな don'T 12345 ÀB\u0301c\r\n\n  \t x ǅ ªº ٣٤٥٦ e\u0301́"
     for text in [*stdlib_texts, mixed]:
         assert [index - 1 for index in tokenizer.encode(text)] == oracle.encode_ordinary(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.text(st.sampled_from("aB1 \n\r\t.,'世\x1c\u2003\u0301"), max_size=40),
+    characters=st.integers(1, 12),
+)
+def test_cutting_long_texts_changes_no_id(bpe_file, text, characters):
+    """Encoded whole, a text of a gigabyte takes 140; its pieces must give the same ids."""
+    library = Tokenizer.from_file(str(bpe_file))
+    pieces = list(bpe.cut_at_lines(text, characters))
+    assert "".join(pieces) == text
+    ids = [index for piece in pieces for index in library.encode(piece).ids]
+    assert ids == library.encode(text).ids
+
+
+def test_long_texts_are_cut_and_put_together(bpe_file, stdlib_texts, monkeypatch):
+    library = Tokenizer.from_file(str(bpe_file))
+    expected = [library.encode(text).ids for text in stdlib_texts]
+    monkeypatch.setattr(bpe, "PIECE_CHARACTERS", 5000)
+    monkeypatch.setattr(bpe, "GROUP_CHARACTERS", 20_000)
+    assert BpeTokenizer(bpe_file).encode_batch(stdlib_texts) == expected
+
+
+def test_a_foreign_split_is_not_cut(bpe_file, tmp_path, monkeypatch):
+    """Another pattern may well match across lines."""
+
+    def foreign(content):
+        content["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "[^x]+"}
+
+    file = rewritten(bpe_file, tmp_path, foreign)
+    library = Tokenizer.from_file(str(file))
+    monkeypatch.setattr(bpe, "PIECE_CHARACTERS", 4)
+    text = "one\ntwo\nthree x\nfour"
+    assert BpeTokenizer(file).encode(text) == library.encode(text).ids
 
 
 def test_too_little_text_for_the_vocabulary_is_said(stdlib_texts):
