@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from kimi_pretrain.config.schema import ModelConfig
 from kimi_pretrain.model.microbatch import Microbatch
@@ -44,7 +43,7 @@ class MLA(nn.Module):
         batch, length, _ = hidden.shape
         by_head = (batch, length, cfg.num_attention_heads, -1)
         if cfg.q_lora_rank is None:
-            q = linear(hidden, self.q_proj.weight)
+            q = self.q_proj(hidden)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
         latent, k_rope = self.kv_a_proj_with_mqa(hidden).split(
@@ -59,4 +58,5 @@ class MLA(nn.Module):
             microbatch.record.observe_attention(
                 self.layer, queries, keys, lse, microbatch.softmax_scale, microbatch.mask
             )
-        return self.o_proj(out.reshape(batch, length, -1))
+        result: Tensor = self.o_proj(out.flatten(2))
+        return result

@@ -21,7 +21,8 @@ class DenseMLP(nn.Module):
         self.down_proj = Projection(intermediate, width, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(linear(x, self.gate_up_proj.flatten(0, 1))))
+        result: Tensor = self.down_proj(swiglu(linear(x, self.gate_up_proj.flatten(0, 1))))
+        return result
 
 
 class Experts(nn.Module):

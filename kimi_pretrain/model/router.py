@@ -60,7 +60,8 @@ class Router(nn.Module):
             load = sequence_load(counts, hidden.shape[1], cfg)
             with torch.no_grad():
                 aux_loss = balance_loss(scores, load)
-            scores = _BalanceGradient.apply(scores, load * aux_scale)  # type: ignore[no-untyped-call]
+            if aux_scale != 0.0:
+                scores = _BalanceGradient.apply(scores, load * aux_scale)  # type: ignore[no-untyped-call]
         weights = scores.view(-1, cfg.n_routed_experts).gather(1, indices)  # [tokens, k]
         if cfg.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)

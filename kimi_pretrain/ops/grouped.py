@@ -45,7 +45,10 @@ def grouped_mm(x: Tensor, matrices: Tensor, sizes: Sequence[int]) -> Tensor:
     """``x_e @ matrices[e]``: [rows, a] and [groups, a, b] to [rows, b]."""
     result = x.new_empty(x.shape[0], matrices.shape[2])
     for rows, matrix, out in zip(
-        x.split(sizes), matrices.unbind(), result.split(sizes), strict=True
+        torch.split(x, list(sizes)),
+        matrices.unbind(),
+        torch.split(result, list(sizes)),
+        strict=True,
     ):
         if rows.shape[0]:
             torch.mm(rows, matrix, out=out)
@@ -55,7 +58,9 @@ def grouped_mm(x: Tensor, matrices: Tensor, sizes: Sequence[int]) -> Tensor:
 def grouped_weight_gradient(grad: Tensor, x: Tensor, sizes: Sequence[int]) -> Tensor:
     """``grad_e.T @ x_e``: [rows, b] and [rows, a] to [groups, b, a]."""
     result = x.new_empty(len(sizes), grad.shape[1], x.shape[1])
-    for g, rows, out in zip(grad.split(sizes), x.split(sizes), result.unbind(), strict=True):
+    for g, rows, out in zip(
+        torch.split(grad, list(sizes)), torch.split(x, list(sizes)), result.unbind(), strict=True
+    ):
         if rows.shape[0]:
             torch.mm(g.t(), rows, out=out)
         else:

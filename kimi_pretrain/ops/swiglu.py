@@ -26,13 +26,17 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        return silu(gate.contiguous(), inplace=True).mul_(up)
+        return silu(_copy(gate), inplace=True).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
-        gate = gate.contiguous()
+        gate = _copy(gate)
         grad_up = silu(gate).mul_(grads[0])
         grad_gate = torch.ops.aten.silu_backward(torch.mul(grads[0], up), gate)
         return torch.cat([grad_gate, grad_up], dim=-1)
+
+
+def _copy(half: Tensor) -> Tensor:
+    return half.clone(memory_format=torch.contiguous_format)
