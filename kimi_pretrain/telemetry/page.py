@@ -113,9 +113,8 @@ def _figures(run: Recorded, figures: Mapping[str, Path]) -> str:
         "run. The bigram model has seen the same tokens.</p>",
         _image(figures, "loss"),
         "<h2>Attention logits and QK-Clip</h2>",
-        f"<p>The largest scaled logit before softmax of every head over the step's batch; QK-Clip "
-        f"acts above tau = {escape(tau)}. Where the log-sum-exp proves that a head stays below "
-        "tau, this upper bound is drawn instead of the maximum.</p>",
+        f"<p>The largest scaled logit before softmax. {_logits_shown(run)} QK-Clip acts above "
+        f"tau = {escape(tau)}.</p>",
         _image(figures, "max_logit"),
     ]
     if "expert_load" in figures:
@@ -133,6 +132,16 @@ def _figures(run: Recorded, figures: Mapping[str, Path]) -> str:
         _image(figures, "throughput"),
     ]
     return "\n".join(parts)
+
+
+def _logits_shown(run: Recorded) -> str:
+    bound = "the upper bound that the log-sum-exp gives while a head stays below tau"
+    if run.heads is not None and run.heads.exact:
+        return (
+            "Coloured: of every head, exact, on held-out text at each evaluation. Grey: the "
+            f"largest of all heads over each training step's batch, or {bound}."
+        )
+    return f"Over each training step's batch, or {bound}."
 
 
 def _image(figures: Mapping[str, Path], name: str) -> str:

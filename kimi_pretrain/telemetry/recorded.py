@@ -37,16 +37,28 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Layers:
-    """The per-layer arrays, float64, of the T rows that were read.
+class Heads:
+    """The largest attention logit of every head: ``steps`` [T], ``logits`` [T, layers, heads].
 
-    Shapes: ``steps`` [T], ``max_logits`` [T, layers, heads], ``load`` [T, MoE layers,
-    experts] as a multiple of an even share (1 is balanced; no layers in a dense model).
+    Evaluations know it exactly; rows of training steps hold an upper bound for every head
+    that stayed below tau, and serve only where there is no evaluation.
     """
 
     steps: Array
-    max_logits: Array
-    load: Array
+    logits: Array
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Load:
+    """The load of every expert as a multiple of an even share, which is 1.
+
+    ``steps`` [T], ``ratio`` [T, MoE layers, experts]; the first MoE layer is ``first_layer``.
+    """
+
+    steps: Array
+    ratio: Array
+    first_layer: int
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,8 @@ class Recorded:
     steps: Table
     evals: Table
     domains: dict[str, Array]  # held-out loss by domain, [evaluations]
-    layers: Layers | None
+    heads: Heads | None
+    load: Load | None  # None for a dense model
     summary: dict[str, Any] | None  # of the run as it stands; None while it is not finished
 
     @cached_property
@@ -90,14 +103,17 @@ def read_run(run_dir: Path) -> Recorded:
         )
     evals = list(read_rows(run_dir / FILES["eval"]))
     text = config.read_text(encoding="utf-8")
+    layers = _thinned(run_dir / FILES["layers"])
+    values = yaml.safe_load(text)
     return Recorded(
         directory=run_dir,
-        config=yaml.safe_load(text),
+        config=values,
         config_text=text,
         steps=_table(rows),
         evals=_table(evals),
         domains=_domains(evals),
-        layers=_layers(run_dir / FILES["layers"]),
+        heads=_heads(evals, exact=True) or _heads(layers, exact=False),
+        load=_load(layers, values["model"]["first_k_dense_replace"]),
         summary=_summary(run_dir / SUMMARY, rows[-1]),
     )
 
@@ -124,22 +140,31 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
-def _layers(path: Path) -> Layers | None:
+def _thinned(path: Path) -> list[dict[str, Any]]:
+    """Rows of layers.jsonl, LAYER_ROWS at most."""
     if not path.exists():
-        return None
+        return []
     with path.open("rb") as file:
         lines = sum(1 for _ in file)
-    rows = list(read_rows(path, _spread(lines)))
+    return list(read_rows(path, _spread(lines)))
+
+
+def _heads(rows: list[dict[str, Any]], *, exact: bool) -> Heads | None:
+    rows = [row for row in rows if row.get("max_logits")]
+    if not rows:
+        return None
+    logits = np.array([row["max_logits"] for row in rows], dtype=np.float64)
+    return Heads(_column(row["step"] for row in rows), logits, exact)
+
+
+def _load(rows: list[dict[str, Any]], first_layer: int) -> Load | None:
+    rows = [row for row in rows if row.get("expert_load")]
     if not rows:
         return None
     load = np.array([row["expert_load"] for row in rows], dtype=np.float64)
-    load = load.reshape(len(rows), *(load.shape[1:] if load.ndim == 3 else (0, 0)))
-    mean = load.mean(axis=-1, keepdims=True) if load.size else load
-    return Layers(
-        steps=_column(row["step"] for row in rows),
-        max_logits=np.array([row["max_logits"] for row in rows], dtype=np.float64),
-        load=np.divide(load, mean, out=np.ones_like(load), where=mean > 0),
-    )
+    mean = load.mean(axis=-1, keepdims=True)
+    ratio = np.divide(load, mean, out=np.ones_like(load), where=mean > 0)
+    return Load(_column(row["step"] for row in rows), ratio, first_layer)
 
 
 def _spread(lines: int) -> Callable[[int], bool]:

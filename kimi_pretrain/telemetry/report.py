@@ -31,7 +31,7 @@ def write_report(run_dir: Path) -> Path:
 
 def _draw(run: Recorded, directory: Path) -> Iterator[tuple[str, Path]]:
     """Yields each figure's name and file; matplotlib is imported when there is one to draw."""
-    from kimi_pretrain.telemetry import plots, style
+    from kimi_pretrain.telemetry import layer_plots, plots, style
 
     def path(name: str) -> tuple[str, Path]:
         return name, directory / f"{name}.png"
@@ -46,31 +46,30 @@ def _draw(run: Recorded, directory: Path) -> Iterator[tuple[str, Path]]:
             draw(figure.subplots(), run)
         yield path(name)
 
-    layers = run.layers
-    panels = 2 if layers is None else 3
+    heads, load = run.heads, run.load
+    panels = 2 if heads is None else 3
     with style.drawing(9.6, 2.4 + 2.4 * panels, path("max_logit")[1]) as figure:
         axes = figure.subplots(panels, 1, height_ratios=[3, 1.2, 3][:panels])
-        plots.max_logit(axes[0], run)
+        layer_plots.max_logit(axes[0], run)
         plots.clipped_heads(axes[1], run)
-        if layers is not None:
-            plots.head_map(axes[2], run, layers)
+        if heads is not None:
+            layer_plots.head_map(axes[2], run, heads)
         for above in axes[:-1]:
             above.set_xlabel("")
     yield path("max_logit")
 
-    routed = layers is not None and layers.load.size > 0
-    if layers is not None and routed:
-        height = min(14.0, 2.2 + 1.3 * layers.load.shape[1])
+    if load is not None:
+        height = min(14.0, 2.2 + 1.3 * load.ratio.shape[1])
         with style.drawing(9.6, height, path("expert_load")[1]) as figure:
-            plots.expert_load(figure.subplots(), run, layers)
+            layer_plots.expert_load(figure.subplots(), run, load)
         yield path("expert_load")
 
     with style.drawing(10.0, 6.2, path("overview")[1]) as figure:
         axes = figure.subplots(2, 2)
         plots.loss(axes[0, 0], run)
-        plots.max_logit(axes[0, 1], run)
-        if layers is not None and routed:
-            plots.expert_load(axes[1, 0], run, layers)
+        layer_plots.max_logit(axes[0, 1], run)
+        if load is not None:
+            layer_plots.expert_load(axes[1, 0], run, load)
         else:
             plots.learning_rate(axes[1, 0], run)
         plots.throughput(axes[1, 1], run)

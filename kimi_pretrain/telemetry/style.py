@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from kimi_pretrain.telemetry.quantities import tick
 from kimi_pretrain.telemetry.recorded import Array
@@ -96,6 +96,8 @@ def steps_axis(axes: Axes, first: float, last: float, label: str = "step") -> No
     axes.set_xlim(first - room, last + room)
     if last - first < 6:
         axes.set_xticks(np.arange(first, last + 1))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(TICK)
     axes.set_xlabel(label)
 

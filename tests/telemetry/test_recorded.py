@@ -10,6 +10,7 @@ from kimi_pretrain.telemetry.jsonl import JsonlSink
 from kimi_pretrain.telemetry.recorded import read_run
 
 MakeRun = Callable[..., Path]
+FIVES = [5, 10, 15, 20]
 
 
 def test_rows_become_columns(make_run: MakeRun) -> None:
@@ -18,12 +19,23 @@ def test_rows_become_columns(make_run: MakeRun) -> None:
     assert run.evals["step"].tolist() == [5, 10, 15, 20]
     assert sorted(run.domains) == ["code", "math", "prose"]
     assert run.tau == 100.0
-    assert run.layers is not None
-    assert run.layers.max_logits.shape == (2, 3, 2)
-    assert run.layers.load.shape == (2, 2, 8)
-    np.testing.assert_allclose(run.layers.load.mean(axis=-1), 1.0)
+    assert run.load is not None
+    assert run.load.steps.tolist() == [10, 20]
+    assert run.load.ratio.shape == (2, 2, 8)
+    assert run.load.first_layer == 1
+    np.testing.assert_allclose(run.load.ratio.mean(axis=-1), 1.0)
     assert run.summary is not None
     assert run.config_text.startswith("model:")
+
+
+def test_heads_are_the_exact_ones_of_evaluations_where_there_are_any(make_run: MakeRun) -> None:
+    """Upper bounds, ln(tokens) too high in a small run, drawn as if they were maxima."""
+    heads = read_run(make_run("a", steps=20, evaluate_every=5)).heads
+    assert heads is not None
+    assert (heads.steps.tolist(), heads.logits.shape, heads.exact) == (FIVES, (4, 4, 4), True)
+    heads = read_run(make_run("b", steps=20, evaluate_every=0)).heads
+    assert heads is not None
+    assert (heads.steps.tolist(), heads.exact) == ([10, 20], False)
 
 
 def test_a_killed_run_is_read_as_far_as_it_came(make_run: MakeRun) -> None:
@@ -33,7 +45,8 @@ def test_a_killed_run_is_read_as_far_as_it_came(make_run: MakeRun) -> None:
     run = read_run(run_dir)
     assert run.steps.rows == 12
     assert run.evals.rows == 0
-    assert run.layers is None
+    assert run.heads is None
+    assert run.load is None
     assert run.summary is None
 
 
@@ -62,9 +75,9 @@ def test_long_runs_are_thinned_with_both_ends_kept(
 ) -> None:
     monkeypatch.setattr(recorded, "LAYER_ROWS", 5)
     run = read_run(make_run(steps=40, layers_every=2, experts=4))
-    assert run.layers is not None
-    assert len(run.layers.steps) == 5
-    assert run.layers.steps[[0, -1]].tolist() == [2, 40]
+    assert run.load is not None
+    assert len(run.load.steps) == 5
+    assert run.load.steps[[0, -1]].tolist() == [2, 40]
 
 
 def test_an_expert_that_gets_nothing_has_load_zero_and_an_idle_layer_is_even(
@@ -75,9 +88,9 @@ def test_an_expert_that_gets_nothing_has_load_zero_and_an_idle_layer_is_even(
     load = [[1.0, 0.0], [0.0, 0.0]]
     sink.row("layers", {"step": 1, "max_logits": [[1.0]], "clipped": [[0]], "expert_load": load})
     sink.close()
-    layers = read_run(run_dir).layers
-    assert layers is not None
-    assert layers.load.tolist() == [[[2.0, 0.0], [1.0, 1.0]]]
+    recorded_load = read_run(run_dir).load
+    assert recorded_load is not None
+    assert recorded_load.ratio.tolist() == [[[2.0, 0.0], [1.0, 1.0]]]
 
 
 @pytest.mark.parametrize("missing", ["directory", "config.yaml", "metrics.jsonl", "rows"])

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kimi_pretrain.config.errors import ConfigError
-from kimi_pretrain.telemetry import plots, style
+from kimi_pretrain.telemetry import layer_plots, plots, style
 from kimi_pretrain.telemetry.recorded import Recorded, read_run
 from kimi_pretrain.telemetry.report import write_report
 
@@ -150,7 +149,9 @@ def test_the_loss_figure_has_train_held_out_and_bigram(make_run: MakeRun, axes: 
     assert set(lines(axes)["bigram"]) == {4.1034}
 
 
-def test_long_curves_keep_their_spikes(make_run: MakeRun, axes: Axes, monkeypatch: Any) -> None:
+def test_long_curves_keep_their_spikes(
+    make_run: MakeRun, axes: Axes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every n-th point drawn: a loss spike of one step vanishes from the figure."""
     monkeypatch.setattr(plots, "_POINTS", 40)
     run = read_run(make_run(steps=400, layers_every=0))
@@ -161,20 +162,22 @@ def test_long_curves_keep_their_spikes(make_run: MakeRun, axes: Axes, monkeypatc
     assert len(raw) <= 40
 
 
-@pytest.mark.parametrize("scale", [0.3, 1.0, 7.0])
+@pytest.mark.parametrize("scale", [0.02, 0.3, 1.0, 7.0])
 def test_tau_and_every_head_are_inside_the_frame(
     make_run: MakeRun, axes: Axes, scale: float
 ) -> None:
-    """A tau far above the curves, or curves above tau, cut off by the axis."""
-    run = read_run(make_run(steps=40, logit_scale=scale, layers_every=4))
-    plots.max_logit(axes, run)
+    """A tau far above the curves, curves above tau, negative logits: cut off by the axis."""
+    run = read_run(make_run(steps=40, logit_scale=scale, evaluate_every=4))
+    layer_plots.max_logit(axes, run)
     low, high = axes.get_ylim()
-    heads = [np.asarray(line.get_ydata()) for line in axes.get_lines() if len(line.get_ydata()) > 2]
+    drawn = [np.asarray(line.get_ydata()) for line in axes.get_lines()]
+    heads = [values for values in drawn if len(values) == 10]
     assert len(heads) == 16
-    assert low <= min(head.min() for head in heads)
-    assert high >= max(100.0, *(head.max() for head in heads))
-    assert any((np.asarray(line.get_ydata()) == 100.0).all() for line in axes.get_lines()[-6:])
+    assert low <= min(values.min() for values in heads)
+    assert high >= max(100.0, *(values.max() for values in heads))
+    assert sum(len(values) == 2 and set(values) == {100.0} for values in drawn) == 1
     assert "tau" in [text.get_text() for text in axes.texts]
+    np.testing.assert_array_equal(lines(axes)["bound"], run.steps["max_logit"])
 
 
 def test_the_load_map_has_one_band_a_layer_named_by_its_place_in_the_model(
@@ -182,29 +185,26 @@ def test_the_load_map_has_one_band_a_layer_named_by_its_place_in_the_model(
 ) -> None:
     """Rows of expert_load start at the first MoE layer, which is layer 1, not 0."""
     run = read_run(make_run(steps=40, experts=8, layers_every=4))
-    assert run.layers is not None
-    plots.expert_load(axes, run, run.layers)
-    assert [label.get_text() for label in axes.get_yticklabels()] == [
-        "layer 1",
-        "layer 2",
-        "layer 3",
-    ]
+    assert run.load is not None
+    layer_plots.expert_load(axes, run, run.load)
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["layer 1", "layer 2", "layer 3"]
     (image,) = axes.get_images()
+    assert list(image.get_extent()) == [0.0, 40.0, 24.0, 0.0]
     pixels = np.asarray(image.get_array())
-    assert pixels.shape == (3 * 8, 10)
-    expected = np.log2(run.layers.load[-1].reshape(-1)).clip(-2, 2)
-    np.testing.assert_allclose(pixels[:, -1], expected)
-    assert image.get_extent()[1] == 40
+    expected = np.log2(run.load.ratio.reshape(10, 24)).clip(-2, 2).T
+    # Every row stands for its own step and the three before it.
+    np.testing.assert_allclose(pixels[:, 50::100], expected)
 
 
 def test_a_map_too_tall_for_its_pixels_keeps_the_extremes(
-    make_run: MakeRun, axes: Axes, monkeypatch: Any
+    make_run: MakeRun, axes: Axes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Averaged neighbours: 384 experts a layer that look balanced while some starve."""
-    monkeypatch.setattr(plots, "_BAND_ROWS", 12)
+    monkeypatch.setattr(layer_plots, "_ROWS", 12)
     run = read_run(make_run(steps=10, experts=64, layers_every=2))
-    assert run.layers is not None
-    plots.expert_load(axes, run, run.layers)
+    assert run.load is not None
+    layer_plots.expert_load(axes, run, run.load)
     pixels = np.asarray(axes.get_images()[0].get_array()).reshape(3, 4, -1)
     assert (np.diff(pixels, axis=1) <= 0).all()
     assert (pixels[:, 0] > 0.4).all()
@@ -212,18 +212,19 @@ def test_a_map_too_tall_for_its_pixels_keeps_the_extremes(
 
 
 def test_every_axis_is_labelled(make_run: MakeRun) -> None:
-    run = read_run(make_run(steps=40, experts=8, layers_every=4))
-    layers = run.layers
-    assert layers is not None
+    run = read_run(make_run(steps=40, experts=8, evaluate_every=4))
+    heads, load = run.heads, run.load
+    assert heads is not None
+    assert load is not None
     rows: list[Callable[[Axes, Recorded], None]] = [
         plots.loss,
         plots.learning_rate,
         plots.grad_norm,
         plots.throughput,
-        plots.max_logit,
+        layer_plots.max_logit,
         plots.clipped_heads,
-        lambda axes, run: plots.head_map(axes, run, layers),
-        lambda axes, run: plots.expert_load(axes, run, layers),
+        lambda axes, run: layer_plots.head_map(axes, run, heads),
+        lambda axes, run: layer_plots.expert_load(axes, run, load),
     ]
     for draw in rows:
         axes = Figure().subplots()
@@ -234,12 +235,17 @@ def test_every_axis_is_labelled(make_run: MakeRun) -> None:
 
 @pytest.mark.parametrize(
     ("draw", "layers"),
-    [(plots.loss, 4), (plots.grad_norm, 4), (plots.max_logit, 4), (plots.max_logit, 12)],
+    [
+        (plots.loss, 4),
+        (plots.grad_norm, 4),
+        (layer_plots.max_logit, 4),
+        (layer_plots.max_logit, 12),
+    ],
 )
 def test_no_legend_touches_its_title_or_a_curve(
     make_run: MakeRun, tmp_path: Path, draw: Callable[[Axes, Recorded], None], layers: int
 ) -> None:
-    run = read_run(make_run(steps=40, layers=layers, experts=8, layers_every=4))
+    run = read_run(make_run(steps=40, layers=layers, experts=8, evaluate_every=4))
     # Half of the overview is the narrowest that any panel gets.
     with style.drawing(5.0, 3.1, tmp_path / "figure.png") as figure:
         axes = figure.subplots()
