@@ -85,7 +85,7 @@ def _prepare_inputs(
             "--domain", name, "a name has letters, digits, - and _ only", "--domain text"
         )
     options = Options(arguments.heldout, arguments.dedup, arguments.bad_input == "skip")
-    source = arguments.source or ", ".join(str(path) for path in arguments.inputs)
+    source = arguments.source or ", ".join(path.resolve().name for path in arguments.inputs)
     units, ignored = plan(arguments.inputs, arguments.text_field, arguments.format, source)
     if not units:
         raise ConfigError(
@@ -272,7 +272,7 @@ def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         choices=("refuse", "skip"),
         help="broken files and records: stop when all else is done, or count and go on (refuse)",
     )
-    add("--source", help="where the text comes from, for the manifest (the paths)")
+    add("--source", help="where the text comes from, for the manifest (the names given)")
     add("--license", default="not stated", help="its licence, an SPDX expression")
     add("--workers", type=_positive, help="processes (all cores); the output does not depend on it")
     prepare_.set_defaults(run=_prepare)

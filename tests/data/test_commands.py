@@ -99,6 +99,8 @@ def test_tiktoken_file_by_path(tmp_path, books, small_tiktoken_file, capsys):
     )
     assert code == 0, err
     assert "tiktoken, 1,279 ids" in out
+    assert "notes.md" in read(tmp_path / "c").domains["text"].sources
+    assert str(tmp_path) not in (tmp_path / "c/manifest.json").read_text()
     assert run(capsys, "verify", tmp_path / "c")[0] == 0
 
 

@@ -50,8 +50,8 @@ def check_kind(kind: str) -> None:
 def load_tokenizer(cfg: TokenizerConfig, root: Path) -> Tokenizer:
     """Open the tokenizer a configuration names; a relative ``cfg.path`` starts at ``root``.
 
-    Raises ConfigError for an unknown kind, a missing path, a file that is not one, or one
-    whose vocabulary is not ``cfg.vocab_size`` where that is given.
+    Raises ConfigError for an unknown kind, a missing path, a file that is not one, or a
+    BPE whose vocabulary is not ``cfg.vocab_size`` where that is given.
     """
     check_kind(cfg.kind)
     if cfg.kind == "bytes":
@@ -65,7 +65,7 @@ def load_tokenizer(cfg: TokenizerConfig, root: Path) -> Tokenizer:
             f"data.tokenizer.path=<a {file_name}, or the directory that holds it>",
         )
     tokenizer = open_file(root / Path(cfg.path).expanduser())
-    if cfg.vocab_size not in (None, tokenizer.vocab_size):
+    if cfg.kind == "bpe" and cfg.vocab_size not in (None, tokenizer.vocab_size):
         raise ConfigError(
             "data.tokenizer.vocab_size",
             cfg.vocab_size,
