@@ -8,10 +8,11 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.family import register_resolver
+from kimi_pretrain.config.no_code import refuse_code
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.secrets import refuse_secrets
 from kimi_pretrain.config.translate import HYDRA_ERRORS, split_override, translate
@@ -62,14 +63,23 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
 def compose_from(overrides: Sequence[str], name: str, more_folders: Sequence[Path]) -> Config:
     """``compose`` with another primary configuration or further folders of YAML files."""
+    return to_config(compose_node(overrides, name, more_folders))
+
+
+def compose_node(overrides: Sequence[str], name: str, more_folders: Sequence[Path]) -> DictConfig:
+    """What Hydra composes, before types and rules: it may still lack values.
+
+    Raises:
+        ConfigError: syntax, an unknown key or option, a secret, or code named in the
+            configuration.
+    """
     refuse_secrets(map(split_override, overrides), os.environ)
     register()
     try:
-        composed = _compose(overrides, name, [conf_dir(), *more_folders])
+        return _compose(overrides, name, [conf_dir(), *more_folders])
     except HYDRA_ERRORS as error:
         groups = group_options(conf_dir(), *more_folders)
         raise translate(error, overrides, groups) from error
-    return to_config(composed)
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -102,9 +112,13 @@ def _compose(overrides: Sequence[str], name: str, folders: Sequence[Path]) -> Di
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(primary), version_base=VERSION_BASE):
-            return hydra.compose(name, overrides=[*overrides, *search])
+            node = hydra.compose(name, [*overrides, *search], return_hydra_config=True)
     finally:
         GlobalHydra.instance().hydra = running
+    refuse_code(OmegaConf.to_container(node.hydra))
+    with open_dict(node):
+        del node["hydra"]
+    return node
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

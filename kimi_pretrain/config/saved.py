@@ -22,9 +22,23 @@ def save_config(config: Config, path: Path) -> None:
     beside.replace(path)
 
 
+def read_saved(path: Path) -> dict[str, Any]:
+    """The configuration that `save_config` wrote, as nested dictionaries.
+
+    Raises:
+        ConfigError: the file is not one.
+    """
+    saved = yaml.safe_load(path.read_text())
+    if not isinstance(saved, dict):
+        raise ConfigError(
+            str(path), saved, "a saved configuration is a mapping of keys", "another run_dir"
+        )
+    return saved
+
+
 def require_same_run(config: Config, path: Path) -> None:
     """Raise ConfigError when `config` is not the run that was saved at `path`."""
-    saved = _flatten(yaml.safe_load(path.read_text()))
+    saved = _flatten(read_saved(path))
     current = _flatten(_plain(asdict(config)))
     for key in sorted(saved.keys() | current.keys()):
         belongs = any(key == identity or key.startswith(identity + ".") for identity in IDENTITY)

@@ -25,6 +25,7 @@ from kimi_pretrain.config.composition import (
     PRIMARY,
     VERSION_BASE,
     compose_from,
+    compose_node,
     conf_dir,
     group_options,
     register,
@@ -54,8 +55,9 @@ def main(argv: list[str]) -> int:
     arguments = get_args(argv)
     _refuse_flags(arguments)
     folders = [Path(arguments.config_dir)] if arguments.config_dir else []
-    only_shown = arguments.help or arguments.hydra_help or arguments.cfg or arguments.info
-    if not (only_shown or arguments.shell_completion):
+    if arguments.help or arguments.hydra_help or arguments.cfg or arguments.info:
+        compose_node(arguments.overrides, arguments.config_name or PRIMARY, folders)
+    elif not arguments.shell_completion:
         check_jobs(arguments, folders)
 
     codes: list[int] = []
