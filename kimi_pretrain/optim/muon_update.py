@@ -13,6 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +21,7 @@ from torch import Tensor
 from kimi_pretrain.optim.orthogonalize import Table, Workspace, iteration_dtype
 
 
-@dataclass(frozen=True)
-class Stack:
+class Stack(NamedTuple):
     """The matrices of one parameter and what belongs to them, as views [count, rows, cols]."""
 
     weight: Tensor  # fp32 or fp64, updated in place
@@ -30,8 +30,7 @@ class Stack:
     rounded: Tensor | None = None  # the narrower parameter that follows the weight
 
     def part(self, first: int, last: int) -> "Stack":
-        if last - first == len(self.weight):
-            return self
+        """The matrices [first, last)."""
         cut = slice(first, last)
         rounded = None if self.rounded is None else self.rounded[cut]
         return Stack(self.weight[cut], self.grad[cut], self.momentum[cut], rounded)
@@ -55,7 +54,7 @@ def muon_(stacks: Sequence[Stack], settings: MuonSettings) -> None:
     for alike in _by_shape(stacks):
         first = alike[0].weight
         rows, cols = first.shape[1:]
-        count = sum(len(stack.weight) for stack in alike)
+        count = sum(stack.weight.shape[0] for stack in alike)
         dtype = settings.dtype or iteration_dtype(first.dtype)
         workspace = Workspace(rows, cols, count, dtype, first.dtype, first.device)
         for pieces in _chunks(alike, workspace.capacity):
@@ -77,10 +76,10 @@ def _chunks(stacks: Sequence[Stack], size: int) -> Iterator[list[Stack]]:
     pieces: list[Stack] = []
     room = size
     for stack in stacks:
-        first, count = 0, len(stack.weight)
+        first, count = 0, stack.weight.shape[0]
         while first < count:
             last = min(count, first + room)
-            pieces.append(stack.part(first, last))
+            pieces.append(stack if last - first == count else stack.part(first, last))
             room -= last - first
             first = last
             if room == 0:
@@ -94,7 +93,7 @@ def _update(pieces: list[Stack], workspace: Workspace, settings: MuonSettings) -
     weights = [piece.weight for piece in pieces]
     grads = [piece.grad for piece in pieces]
     momenta = [piece.momentum for piece in pieces]
-    lengths = [len(weight) for weight in weights]
+    lengths = [weight.shape[0] for weight in weights]
     count = sum(lengths)
     exact = workspace.exact[:count]  # [count, rows, cols]
     parts = torch.split(exact, lengths)
