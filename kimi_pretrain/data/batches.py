@@ -21,7 +21,10 @@ from kimi_pretrain.config.schema import DataConfig, MixtureStageConfig
 from kimi_pretrain.data.indexed import IndexedReader
 from kimi_pretrain.data.mixture import Mixture
 from kimi_pretrain.data.prepared import PreparedData
+from kimi_pretrain.data.recycling import BlockPool
 from kimi_pretrain.data.windows import Windows, document_ids, in_epochs
+
+_pool = BlockPool()
 
 # Label of a position without a loss; torch's cross entropy ignores it by default.
 IGNORED = -100
@@ -83,8 +86,7 @@ class TrainStream:
 
     def read(self, first_sample: int, count: int) -> Batch:
         """Samples [first_sample, first_sample + count) of the run."""
-        # One block for both: numpy asks for huge pages from 4 MB on, and faults half as often.
-        tokens, labels = np.empty((2, count, self.sequence_length), np.int64)
+        tokens, labels = _pool.empty((2, count, self.sequence_length), np.int64)
         domain, ordinal = self.mixture.locate(np.arange(first_sample, first_sample + count))
         rows: list[NDArray[np.int64]] = []
         offsets: list[NDArray[np.int64]] = []
@@ -134,7 +136,7 @@ class HeldoutStream:
     def read(self, domain: str, first: int, count: int) -> Batch:
         """Windows [first, first + count) of a domain in held-out order."""
         windows = self.windows[domain]
-        tokens, labels = np.empty((2, count, self.sequence_length), np.int64)
+        tokens, labels = _pool.empty((2, count, self.sequence_length), np.int64)
         chosen = in_epochs(np.arange(first, first + count), windows.count, "heldout", domain)
         windows.fill(chosen, np.arange(count), tokens, labels)
         found = [windows.boundaries(chosen)] if self.document_mask else []

@@ -6,6 +6,7 @@ token of window w + 1; each token but the first is thus a label exactly once an 
 tail that does not fill a window is left out.
 """
 
+import mmap
 import os
 import weakref
 from typing import Any
@@ -16,15 +17,19 @@ from numpy.typing import NDArray
 from kimi_pretrain.data.indexed import IndexedReader, bin_path
 from kimi_pretrain.data.permutation import Permutation
 
+# Windows copied at a time: few enough to stay in the cache until they are widened to int64.
+GATHERED = 16
+# Bytes read through a map before its pages are given back.
+MAPPED = 1 << 28
+
 Indices = NDArray[np.int64]
 
 
 class Windows:
     """The windows of one token file. Opening it costs the same at every size.
 
-    Reads with `pread`: the kernel copies just the asked bytes, so resident memory does not
-    grow with what was read before, as it does through a memory map; other threads run
-    meanwhile; and a failing disk is an OSError here instead of a SIGBUS that ends the process.
+    Reads through a memory map of its own, and gives its pages back every ``MAPPED`` bytes: the
+    kernel keeps what it likes in its cache, but the process does not grow with what it read.
     """
 
     def __init__(self, reader: IndexedReader, length: int) -> None:
@@ -33,6 +38,16 @@ class Windows:
         self.count = max(reader.total_tokens - 1, 0) // length
         self._file = os.open(bin_path(reader.prefix), os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._file)
+        self._size = os.fstat(self._file).st_size
+        if not self.count:
+            return
+        self._map = mmap.mmap(self._file, self._size, access=mmap.ACCESS_READ)
+        self._touched = 0
+        # Overlapping rows [count, length + 1] over the flat file; indexing them copies.
+        stride = length * reader.itemsize
+        self._rows: NDArray[Any] = np.ndarray(
+            (self.count, length + 1), reader.dtype, self._map, strides=(stride, reader.itemsize)
+        )
 
     def fill(
         self,
@@ -43,16 +58,20 @@ class Windows:
     ) -> None:
         """Write windows [n] into rows [n] of tokens and labels [batch, length].
 
-        Raises OSError if the file became shorter than it was when opened.
+        Raises OSError if the file changed its size since it was opened: touching a map past
+        its file's end would kill the process.
         """
-        scratch = np.empty(self.length + 1, dtype=self.reader.dtype)
-        into, head, tail = [scratch.data.cast("B")], scratch[:-1], scratch[1:]
-        stride, expected = self.length * self.reader.itemsize, scratch.nbytes
-        for window, row in zip(windows.tolist(), rows.tolist(), strict=True):
-            if os.preadv(self._file, into, window * stride) != expected:
-                raise OSError(f"{bin_path(self.reader.prefix)} ends inside window {window}")
-            tokens[row] = head
-            labels[row] = tail
+        if os.fstat(self._file).st_size != self._size:
+            raise OSError(f"{bin_path(self.reader.prefix)} changed its size while open")
+        for first in range(0, len(windows), GATHERED):
+            raw = self._rows[windows[first : first + GATHERED]]
+            to = rows[first : first + GATHERED]
+            tokens[to] = raw[:, :-1]
+            labels[to] = raw[:, 1:]
+        self._touched += len(windows) * self._rows.strides[0]
+        if self._touched > MAPPED:
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._touched = 0
 
     def boundaries(self, windows: Indices) -> tuple[Indices, Indices]:
         """Where documents begin inside windows [n]: (which of the n, offset), both int64 [k].

@@ -1,0 +1,49 @@
+"""Arrays whose memory is used again when the last reader lets go.
+
+A batch of a few megabytes costs the allocator fresh pages each time, and faulting them in
+costs more than filling them (a quarter to nine tenths of the reading time, measured). Handing
+out the same buffer again and again would be cheap, but would change a batch under whoever
+still holds it. Here a block returns to its pool when the array and all its views, torch
+tensors included, are gone; until then nobody else gets it.
+"""
+
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Blocks kept for later, of one size: a prefetcher's depth and the batch in use.
+KEPT = 4
+
+
+class BlockPool:
+    """Gives out arrays, uninitialised like ``np.empty``. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._free: list[NDArray[np.uint8]] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+        """A new array of `shape` and `dtype`."""
+        size = prod(shape) * np.dtype(dtype).itemsize
+        try:
+            block = self._free.pop()
+        except IndexError:
+            block = np.empty(size, np.uint8)
+        if block.nbytes != size:
+            self._free.clear()
+            block = np.empty(size, np.uint8)
+        # numpy keeps the lease as the base of the array and of every view of it.
+        return np.asarray(_Lease(block, self._free)).view(dtype).reshape(shape)
+
+
+class _Lease:
+    """Holds a block while an array refers to it."""
+
+    def __init__(self, block: NDArray[np.uint8], home: list[NDArray[np.uint8]]) -> None:
+        self._block, self._home = block, home
+        self.__array_interface__ = block.__array_interface__
+
+    def __del__(self) -> None:
+        if len(self._home) < KEPT:
+            self._home.append(self._block)
