@@ -7,7 +7,7 @@ from torch.nn.functional import linear
 from kimi_pretrain.config.schema import ModelConfig
 from kimi_pretrain.model.projection import Projection
 from kimi_pretrain.model.router import Router
-from kimi_pretrain.ops.grouped import grouped_linear
+from kimi_pretrain.ops.grouped import group_layout, grouped_linear, pad_rows, unpad_rows
 from kimi_pretrain.ops.swiglu import swiglu
 from kimi_pretrain.parallel.dispatch import Arrived
 
@@ -35,8 +35,11 @@ class Experts(nn.Module):
 
     def forward(self, arrived: Arrived) -> Tensor:
         """[rows, hidden] to the same shape, each row by its expert."""
-        gate_up = grouped_linear(arrived.rows, self.gate_up_proj.flatten(1, 2), arrived.sizes)
-        return grouped_linear(swiglu(gate_up), self.down_proj, arrived.sizes)
+        _, width, intermediate = self.down_proj.shape
+        layout = group_layout(arrived.sizes, 3 * width * intermediate, arrived.rows.device)
+        rows = pad_rows(arrived.rows, layout)
+        gate_up = grouped_linear(rows, self.gate_up_proj.flatten(1, 2), layout)
+        return unpad_rows(grouped_linear(swiglu(gate_up), self.down_proj, layout), layout)
 
 
 class MoE(nn.Module):

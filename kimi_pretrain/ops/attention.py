@@ -8,7 +8,6 @@ values to the width of keys, and its log-sum-exp is exact to fp32.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ from kimi_pretrain.ops.precision import accumulate_dtype
 _BLOCK_ROWS = 64
 # Logits of a block of rows and heads: 1 MiB in fp32, to stay in a core's own cache.
 _BLOCK_ELEMENTS = 2**18
+# Softmax weights up to this many are kept for backward (16 MiB in bf16); more are recomputed.
+_KEPT_ELEMENTS = 2**23
 
 
 def attention(
@@ -74,8 +75,8 @@ def max_logits(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, heads: l
     chosen = len(heads)
     maxima = torch.full((chosen,), -torch.inf, dtype=accumulate_dtype(q.dtype), device=q.device)
     of_head = torch.arange(q.shape[0] * chosen, device=q.device) % chosen  # [batch x chosen]
-    for block in _blocks(_flat(q[:, heads]), _flat(k[:, heads]), scale, mask):
-        maxima.scatter_reduce_(0, of_head[block.pairs], block.logits.amax(dim=(1, 2)), "amax")
+    for pairs, _, logits in _logits(_flat(q[:, heads]), _flat(k[:, heads]), scale, mask):
+        maxima.scatter_reduce_(0, of_head[pairs], logits.amax(dim=(1, 2)), "amax")
     return maxima
 
 
@@ -89,15 +90,19 @@ class _Attention(torch.autograd.Function):
         values = _flat(v)
         out = torch.empty_like(values)
         lse = torch.empty(batch * heads, length, dtype=high, device=q.device)
-        for block in _blocks(_flat(q), _flat(k), scale, mask):
-            pairs, rows = block.pairs, block.rows
-            weights = torch.softmax(block.logits, dim=-1)
+        keep = batch * heads * length * (length + _BLOCK_ROWS) // 2 <= _KEPT_ELEMENTS
+        kept = []
+        for pairs, rows, logits in _logits(_flat(q), _flat(k), scale, mask):
+            weights = torch.softmax(logits, dim=-1)
             # The largest weight is at least 1 / length: one exponential serves both.
             largest = weights.amax(dim=-1).log_()
-            torch.sub(block.logits.amax(dim=-1), largest, out=lse[pairs, rows])
-            out[pairs, rows] = torch.bmm(weights.to(v.dtype), values[pairs, : rows.stop])
+            torch.sub(logits.amax(dim=-1), largest, out=lse[pairs, rows])
+            weights = weights.to(v.dtype)
+            out[pairs, rows] = torch.bmm(weights, values[pairs, : rows.stop])
+            if keep:
+                kept.append(weights)
         result = out.view(batch, heads, length, -1).transpose(1, 2).contiguous()
-        ctx.save_for_backward(q, k, v, result, mask)
+        ctx.save_for_backward(q, k, v, result, mask, *kept)
         ctx.scale = scale
         lse = lse.view(batch, heads, length)
         ctx.mark_non_differentiable(lse)
@@ -107,7 +112,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # P = softmax(S), O = P V:  dV = P^T dO,  dP = dO V^T,
         # dS = P * (dP - rowsum(dO * O)),  dQ = dS K,  dK = dS^T Q  (arXiv 2205.14135).
-        q, k, v, out, mask = ctx.saved_tensors
+        q, k, v, out, mask, *kept = ctx.saved_tensors
         high = accumulate_dtype(q.dtype)
         queries, keys, values = _flat(q), _flat(k), _flat(v)
         grad = _flat(grads[0].transpose(1, 2))  # [pairs, length, v width]
@@ -116,12 +121,18 @@ class _Attention(torch.autograd.Function):
         grad_q = torch.empty_like(queries)
         grad_k = torch.zeros_like(keys, dtype=high)
         grad_v = torch.zeros_like(values, dtype=high)
-        for block in _blocks(queries, keys, ctx.scale, mask):
-            pairs, rows, seen = block.pairs, block.rows, slice(0, block.rows.stop)
-            weights = torch.softmax(block.logits, dim=-1)  # [pairs, rows, seen]
-            grad_v[pairs, seen] += torch.bmm(weights.to(v.dtype).transpose(1, 2), grad[pairs, rows])
+        blocks: Iterator[tuple[slice, slice, Tensor]]
+        if kept:
+            geometry = _blocks(queries.shape[0], queries.shape[1])
+            blocks = ((p, r, w) for (p, r), w in zip(geometry, kept, strict=True))
+        else:
+            recomputed = _logits(queries, keys, ctx.scale, mask)
+            blocks = ((p, r, torch.softmax(s, dim=-1).to(v.dtype)) for p, r, s in recomputed)
+        for pairs, rows, weights in blocks:  # weights [pairs, rows, seen]
+            seen = slice(0, rows.stop)
+            grad_v[pairs, seen] += torch.bmm(weights.transpose(1, 2), grad[pairs, rows])
             grad_weights = torch.bmm(grad[pairs, rows], values[pairs, seen].transpose(1, 2))
-            grad_logits = weights.mul_(grad_weights - delta[pairs, rows]).to(q.dtype)
+            grad_logits = (grad_weights - delta[pairs, rows]).mul_(weights).to(q.dtype)
             grad_q[pairs, rows] = torch.bmm(grad_logits, keys[pairs, seen])
             grad_k[pairs, seen] += torch.bmm(grad_logits.transpose(1, 2), queries[pairs, rows])
         return (
@@ -133,38 +144,37 @@ class _Attention(torch.autograd.Function):
         )
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Query rows of some (sequence, head) pairs against the keys 0 .. rows.stop - 1."""
-
-    pairs: slice
-    rows: slice
-    logits: Tensor  # [pairs, rows, rows.stop], scaled, -inf where masked; fp32 or fp64
-
-
 def _flat(x: Tensor) -> Tensor:
     """[batch, heads, length, width] to [batch x heads, length, width], contiguous."""
     return x.reshape(-1, *x.shape[2:]).contiguous()
 
 
-def _blocks(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Iterator[_Block]:
-    """Blocks of [pairs, length, width] queries and keys that together hold every visible logit."""
-    high = accumulate_dtype(q.dtype)
-    total, length, _ = q.shape
+def _blocks(pairs: int, length: int) -> Iterator[tuple[slice, slice]]:
+    """(pairs, rows): some (sequence, head) pairs, and query rows, which see keys below rows.stop."""
     step = max(1, _BLOCK_ELEMENTS // (_BLOCK_ROWS * length))
-    future = torch.ones(_BLOCK_ROWS, _BLOCK_ROWS, dtype=torch.bool, device=q.device).triu_(1)
-    sequence = torch.arange(total, device=q.device)
-    if mask is not None:
-        sequence = sequence // (total // mask.shape[0])
-    for first_pair in range(0, total, step):
-        pairs = slice(first_pair, min(first_pair + step, total))
-        queries = q[pairs].to(high) * scale
-        keys = k[pairs].to(high).transpose(1, 2)  # [pairs, width, length]
+    for first_pair in range(0, pairs, step):
         for first in range(0, length, _BLOCK_ROWS):
             rows = slice(first, min(first + _BLOCK_ROWS, length))
-            size = rows.stop - first
-            logits = torch.bmm(queries[:, rows], keys[:, :, : rows.stop])
-            logits[:, :, first:].masked_fill_(future[:size, :size], -torch.inf)
-            if mask is not None:
-                logits.masked_fill_(mask[:, rows, : rows.stop][sequence[pairs]], -torch.inf)
-            yield _Block(pairs, rows, logits)
+            yield slice(first_pair, min(first_pair + step, pairs)), rows
+
+
+def _logits(
+    q: Tensor, k: Tensor, scale: float, mask: Tensor | None
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Every block of ``_blocks`` with its logits [pairs, rows, rows.stop].
+
+    Scaled, -inf where masked, fp32 (fp64 for fp64), from q and k [pairs, length, width].
+    """
+    high = accumulate_dtype(q.dtype)
+    future = torch.ones(_BLOCK_ROWS, _BLOCK_ROWS, dtype=torch.bool, device=q.device).triu_(1)
+    sequence = torch.arange(q.shape[0], device=q.device)
+    if mask is not None:
+        sequence = sequence // (q.shape[0] // mask.shape[0])
+    queries, keys = q.to(high) * scale, k.to(high).transpose(1, 2)
+    for pairs, rows in _blocks(q.shape[0], q.shape[1]):
+        logits = torch.bmm(queries[pairs, rows], keys[pairs, :, : rows.stop])
+        size = rows.stop - rows.start
+        logits[:, :, rows.start :].masked_fill_(future[:size, :size], -torch.inf)
+        if mask is not None:
+            logits.masked_fill_(mask[:, rows, : rows.stop][sequence[pairs]], -torch.inf)
+        yield pairs, rows, logits
