@@ -5,7 +5,8 @@
 #   make PYTHON=/path/to/python ...     the Python that .venv is made from
 #
 # If that Python already has a torch (a CUDA image, say), .venv sees its packages and keeps that
-# torch; otherwise torch==2.13.0 is installed: the CPU build, or the CUDA build where there is a GPU.
+# torch; otherwise TORCH is installed. Where pip would take a CUDA build that is not wanted, say
+# which: make TORCH="torch==2.13.0+cpu --extra-index-url URL".
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -13,8 +14,6 @@ ARGS   ?=
 
 VENV      := .venv
 BIN       := $(VENV)/bin
-CPU_INDEX := https://download.pytorch.org/whl/cpu
-TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url $(CPU_INDEX))
 PIP       := $(BIN)/python -m pip --disable-pip-version-check -q install
 HAS_TORCH := -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'
 
@@ -55,7 +54,7 @@ $(VENV)/made:
 	@echo "making $(VENV) from $$($(PYTHON) --version)"
 	@if $(PYTHON) $(HAS_TORCH); then $(PYTHON) -m venv --system-site-packages $(VENV); \
 	    else $(PYTHON) -m venv $(VENV); fi
-	@$(BIN)/python $(HAS_TORCH) || $(PIP) --retries 2 "$(TORCH)" $(TORCH_INDEX)
+	@$(BIN)/python $(HAS_TORCH) || $(PIP) --retries 2 $(TORCH)
 	@touch $@
 
 $(VENV)/core: $(VENV)/made setup.py

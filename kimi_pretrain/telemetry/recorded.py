@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.config.saved import read_saved
 from kimi_pretrain.telemetry.jsonl import FILES, SUMMARY, read_rows, summary_is_current
 
 Array = NDArray[np.float64]
@@ -102,9 +102,9 @@ def read_run(run_dir: Path) -> Recorded:
             run_dir, f"{FILES['step']} holds at least one step", "again after the first step"
         )
     evals = list(read_rows(run_dir / FILES["eval"]))
+    values = read_saved(config)
     text = config.read_text(encoding="utf-8")
     layers = _thinned(run_dir / FILES["layers"])
-    values = yaml.safe_load(text)
     return Recorded(
         directory=run_dir,
         config=values,

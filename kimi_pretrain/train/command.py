@@ -35,6 +35,7 @@ from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.translate import HYDRA_ERRORS, translate
 
+SPIN_COUNT = "1000"
 EXIT_SIGNAL = 75  # docs/exit-codes.md: stopped by a signal after a checkpoint
 
 
@@ -151,6 +152,9 @@ def _job_config(composed: DictConfig) -> Config:
 
 
 def _train(config: Config) -> int:
+    # Read by OpenMP when torch loads it. Threads that spin for milliseconds at the end of each
+    # small operation stop one another whenever anything else wants a core.
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     from kimi_pretrain.train.loop import train  # torch: only once the configuration is good
 
     return train(config)

@@ -1,18 +1,28 @@
 """What a finished run says of itself: held-out loss beside a bigram's, and a sample."""
 
 import json
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
 from kimi_pretrain.data.ngram import Bigram
-from kimi_pretrain.train.evaluate import Evaluation
+from kimi_pretrain.train.evaluate import Evaluation, evaluate
 from kimi_pretrain.train.generate import generate
 from kimi_pretrain.train.run import Run
 
 
-def finish(run: Run, evaluate: Callable[[], Evaluation]) -> None:
-    """Evaluate once more, draw a sample, write the summary and show it.
+def evaluate_run(run: Run) -> Evaluation:
+    """Held-out loss of the run's model as it is now."""
+    return evaluate(
+        run.model,
+        run.heldout,
+        run.data.tokenizer.byte_lengths(),
+        run.config.optimizer.qk_clip_threshold,
+    )
+
+
+def finish(run: Run, evaluation: Evaluation | None) -> None:
+    """Draw a sample, write the summary and show it; `evaluation` is of the last step.
 
     A run that had already ended keeps its summary: starting it again changes nothing.
     """
@@ -21,10 +31,12 @@ def finish(run: Run, evaluate: Callable[[], Evaluation]) -> None:
         run.console.note("this run was complete; its summary is unchanged")
         run.console.finish(json.loads(path.read_text()))
         return
-    evaluation = evaluate()
+    if evaluation is None:  # killed between its last checkpoint and its summary
+        evaluation = evaluate_run(run)
     summary: dict[str, Any] = {
         "steps": run.total_steps,
         "tokens": run.total_steps * run.tokens_per_step,
+        "seconds": time.perf_counter() - run.opened,
         "heldout_loss": evaluation.loss,
         "bits_per_byte": evaluation.bits_per_byte,
         "domains": evaluation.domain_losses,

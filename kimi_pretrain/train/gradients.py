@@ -35,7 +35,7 @@ class MainGradients:
             if parameter.dtype == dtype:
                 parameter.grad = view
             else:
-                parameter.register_post_accumulate_grad_hook(_add_to_main_grad)
+                parameter.register_post_accumulate_grad_hook(_add_to_main_grad)  # type: ignore[no-untyped-call]
 
     def zero(self) -> None:
         """Start the next step."""
@@ -43,7 +43,8 @@ class MainGradients:
 
     def norm(self) -> Tensor:
         """Global L2 norm over all parameters, float64 scalar."""
-        return torch.linalg.vector_norm(self.flat, dtype=torch.float64)
+        norm: Tensor = torch.linalg.vector_norm(self.flat, dtype=torch.float64)
+        return norm
 
     def clip(self, norm: Tensor, limit: float | None) -> None:
         """Scale all gradients so that a global `norm` above `limit` becomes `limit`."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.data.batches import Batch
 from kimi_pretrain.optim.lr import learning_rate
-from kimi_pretrain.train.ending import finish
-from kimi_pretrain.train.evaluate import Evaluation, evaluate
+from kimi_pretrain.train.ending import evaluate_run, finish
+from kimi_pretrain.train.evaluate import Evaluation
 from kimi_pretrain.train.guards import (
     EXIT_DONE,
     EXIT_GUARD,
@@ -36,9 +36,9 @@ def train(config: Config) -> int:
     with stop_on_signal() as stop:
         run = open_run(config)
         try:
-            code = _steps(run, stop)
+            code, evaluation = _steps(run, stop)
             if code == EXIT_DONE:
-                finish(run, lambda: _evaluate(run, run.total_steps))
+                finish(run, evaluation)
         except GuardStop as reason:
             run.console.note(f"stopped by a guard: {reason}")
             code = EXIT_GUARD
@@ -49,16 +49,23 @@ def train(config: Config) -> int:
     return code
 
 
-def _steps(run: Run, stop: StopRequest) -> int:
+def _steps(run: Run, stop: StopRequest) -> tuple[int, Evaluation | None]:
+    """The exit code and the evaluation after the last step, if this start took it.
+
+    Rows of a step are written before its checkpoint: a start that finds the checkpoint
+    finds the rows too, and one that does not cuts them off and writes them again.
+    """
     every = run.config.schedule
+    evaluation = None
     for step, batch in _batches(run):
         started = time.perf_counter()
         rate = learning_rate(every, run.config.optimizer.lr, run.tokens_per_step, step - 1)
         result = run.train_step.run(step, batch, rate)
         _log_step(run, step, result, rate, time.perf_counter() - started)
         last = step == run.total_steps
-        if every.eval_interval and step % every.eval_interval == 0 and not last:
-            _evaluate(run, step)
+        if last or (every.eval_interval and step % every.eval_interval == 0):
+            evaluation = evaluate_run(run)
+            _log_evaluation(run, step, evaluation)
         if stop or last or (every.checkpoint_interval and step % every.checkpoint_interval == 0):
             run.save(step)
         if stop and not last:
@@ -66,8 +73,8 @@ def _steps(run: Run, stop: StopRequest) -> int:
                 f"{stop.signal_name}: stopped after step {step} with a checkpoint; "
                 f"go on with run_dir={run.directory}"
             )
-            return EXIT_SIGNAL
-    return EXIT_DONE
+            return EXIT_SIGNAL, None
+    return EXIT_DONE, evaluation
 
 
 def _batches(run: Run) -> Iterator[tuple[int, Batch]]:
@@ -88,7 +95,7 @@ def _log_step(run: Run, step: int, result: StepResult, rate: float, seconds: flo
         seconds=seconds,
         flops_per_token=run.flops_per_token,
         peak_flops=run.peak_flops,
-        clipped_heads=run.train_step.optimizer.qk_clip_metrics["share_clipped"],
+        clipped_heads=float(run.train_step.optimizer.qk_clip_metrics["share_clipped"] or 0.0),
     )
     run.sinks.row("step", row)
     run.console.step(row)
@@ -97,17 +104,10 @@ def _log_step(run: Run, step: int, result: StepResult, rate: float, seconds: flo
         run.sinks.row("layers", layers_row(step, result.record, tau))
 
 
-def _evaluate(run: Run, step: int) -> Evaluation:
-    evaluation = evaluate(
-        run.model,
-        run.heldout,
-        run.data.tokenizer.byte_lengths(),
-        run.config.optimizer.qk_clip_threshold,
-    )
+def _log_evaluation(run: Run, step: int, evaluation: Evaluation) -> None:
     row = evaluation_row(step, step * run.tokens_per_step, evaluation)
     run.sinks.row("eval", row)
     run.console.evaluation(row)
-    return evaluation
 
 
 def _report(run: Run) -> None:

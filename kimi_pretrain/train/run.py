@@ -1,5 +1,6 @@
 """A run assembled from its configuration: data, model, optimizer, checkpoints, sinks."""
 
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from kimi_pretrain.optim.registry import build_optimizer
 from kimi_pretrain.plan.flops import training_flops_per_token
 from kimi_pretrain.plan.parameters import count_parameters
 from kimi_pretrain.telemetry.console import Console
+from kimi_pretrain.telemetry.quantities import count as written
 from kimi_pretrain.telemetry.sinks import Sinks, check_sinks, open_sinks
 from kimi_pretrain.train.step import TrainStep
 from kimi_pretrain.train.throughput import measure_matmul_peak
@@ -55,6 +57,7 @@ class Run:
     tokens_per_step: int
     flops_per_token: int
     peak_flops: float
+    opened: float  # time.perf_counter() when assembly began
 
     def stream(self, first_sample: int, count: int) -> AbstractContextManager[Iterator[Batch]]:
         """Global batches of `count` samples from `first_sample` on, read ahead by a thread."""
@@ -81,6 +84,7 @@ def open_run(config: Config) -> Run:
     Raises ConfigError when the data does not fit the model, the run directory belongs to
     another run, or an optional package of a chosen sink is missing.
     """
+    opened = time.perf_counter()
     directory = Path(config.run_dir)
     console = Console(config.logging)
     directory.mkdir(parents=True, exist_ok=True)
@@ -119,6 +123,7 @@ def open_run(config: Config) -> Run:
         tokens_per_step=tokens_per_step,
         flops_per_token=training_flops_per_token(config.model, config.data.sequence_length),
         peak_flops=config.cluster.peak_flops or measure_matmul_peak(dtype, device),
+        opened=opened,
     )
     console.start(run.total_steps, first_step, _facts(run, dtype, device))
     return run
@@ -133,7 +138,7 @@ def _facts(run: Run, dtype: torch.dtype, device: torch.device) -> dict[str, str]
         "model": f"{config.model.name}, {count.total / 1e6:,.1f}M parameters, "
         f"{count.active_with_head / 1e6:,.1f}M active a token (head included)",
         "data": f"{', '.join(run.data.domains)}; {run.data.tokenizer.vocab_size:,} token ids",
-        "steps": f"{run.total_steps:,} x {run.tokens_per_step:,} tokens = {tokens / 1e6:,.1f}M",
+        "steps": f"{run.total_steps:,} x {run.tokens_per_step:,} tokens = {written(tokens)}",
         "precision": f"{str(dtype).removeprefix('torch.')} on {device}, "
         f"{torch.get_num_threads()} threads, matmul peak {run.peak_flops / 1e9:,.0f} GFLOP/s",
     }

@@ -97,6 +97,6 @@ class TrainStep:
                 document_ids=micro.document_ids,
                 denominator=labels,
             )
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return record, float(total)
