@@ -18,7 +18,5 @@ def training_flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     linear = 6 * count_parameters(model).active_with_head
     qk_and_v = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
     # scores and values: 2 FLOPs a multiply-add, S/2 keys on average, 3 x for forward and backward
-    attention = (
-        3 * model.num_hidden_layers * model.num_attention_heads * qk_and_v * sequence_length
-    )
+    attention = 3 * model.num_hidden_layers * model.num_attention_heads * qk_and_v * sequence_length
     return linear + attention
