@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -99,6 +100,7 @@ def _trained_here(tokenizer: TokenizerConfig) -> bool:
 def _build_once(
     corpus: Path, recipe: Recipe, tokenizer: TokenizerConfig, progress: Progress
 ) -> None:
+    _require_main_guard()
     lock = corpus.parent / f".{corpus.name}.lock"
     with exclusive(lock, wait=False) as first:
         if first:
@@ -107,6 +109,19 @@ def _build_once(
     progress(f"wait for another process to build {corpus.name}", 0, 1)
     with exclusive(lock):
         _build(corpus, recipe, tokenizer, progress)
+
+
+def _require_main_guard() -> None:
+    """Refuse to build while a worker is still importing the script that started it.
+
+    Workers are spawned, and import the caller's script again. Without a main guard that
+    script would come here once more in the worker and wait for its own parent's lock.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "a corpus is built by worker processes that import your script again; call ensure "
+            'below `if __name__ == "__main__":`'
+        )
 
 
 def _build(corpus: Path, recipe: Recipe, tokenizer: TokenizerConfig, progress: Progress) -> None:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -253,3 +254,19 @@ def test_moved_corpus_still_opens(tmp_path, tiny_corpus):
     shutil.copytree(tiny_corpus, tmp_path / "moved")
     assert verify(tmp_path / "moved") == []
     ensure(files_config(tmp_path / "moved", code=("train/code",)))
+
+
+def test_a_script_without_a_main_guard_fails_instead_of_waiting(tmp_path: Path) -> None:
+    """Catches a worker that imports the script again and waits for its own parent's lock."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from kimi_pretrain.config import compose\n"
+        "from kimi_pretrain.data.corpus import ensure\n"
+        "ensure(compose(['data=default', 'data.tokenizer.kind=bytes']).data)\n"
+    )
+    environment = os.environ | {"KIMI_DATA": str(tmp_path / "data")}
+    ended = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode != 0
+    assert "__main__" in ended.stderr
