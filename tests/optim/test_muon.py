@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kimi_pretrain.config.errors import ConfigError
-from kimi_pretrain.optim import MuonClip
+from kimi_pretrain.optim import MuonClip, orthogonalize
 from kimi_pretrain.optim.groups import uses_muon
 
 Named = list[tuple[str, nn.Parameter]]
@@ -110,6 +110,34 @@ def test_four_steps_equal_the_equations_in_fp64(nesterov: bool) -> None:
             reference.step(g)
         optimizer.step()
         assert_close(named, [r.weight for r in references])
+
+
+def test_stacks_that_are_cut_into_chunks_are_updated_once_and_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches matrices left out, or updated twice, where a chunk ends inside a stack."""
+    one = 2 * (5 * 6 + 5 * 5) * 8  # bytes of a 5x6 matrix's buffers in fp64
+    monkeypatch.setattr(orthogonalize, "_CPU_CHUNK_BYTES", 3 * one)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    named = parameters()  # 12 matrices of 5x6 in three stacks: chunks of 3
+    references = [Reference(name, p) for name, p in named]
+    for reference, g in zip(references, gradients(named, 0), strict=True):
+        reference.step(g)
+    train(MuonClip(named, lr=LR, weight_decay=DECAY), named, range(1))
+    assert_close(named, [r.weight for r in references])
+
+
+def test_one_shape_in_two_dtypes_is_rounded_where_it_must_be() -> None:
+    """Catches bf16 weights given another parameter's master when both share a batch."""
+    narrow = nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).bfloat16())
+    wide = nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(1)))
+    expected = nn.Parameter(narrow.detach().clone())
+    grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(2)).bfloat16()
+    for p in (narrow, wide, expected):
+        p.grad = grad.to(p.dtype)
+    MuonClip([("wide", wide), ("narrow", narrow)]).step()
+    MuonClip([("alone", expected)]).step()
+    assert torch.equal(narrow, expected)
 
 
 def test_matrices_equal_torch_muon_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
