@@ -9,50 +9,32 @@ from one integer and its global batches are the same on every layout.
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import DataConfig, MixtureStageConfig
+from kimi_pretrain.data.assembly import IGNORED, Batch, Plan, assemble, plan
 from kimi_pretrain.data.indexed import IndexedReader
 from kimi_pretrain.data.mixture import Mixture
 from kimi_pretrain.data.prepared import PreparedData
-from kimi_pretrain.data.recycling import BlockPool
-from kimi_pretrain.data.windows import Windows, document_ids, in_epochs
+from kimi_pretrain.data.windows import Windows, in_epochs
 
-_pool = BlockPool()
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "HeldoutStream",
+    "Prefetcher",
+    "Stream",
+    "TrainStream",
+    "heldout_windows",
+]
 
-# Label of a position without a loss; torch's cross entropy ignores it by default.
-IGNORED = -100
-
-
-@dataclass(frozen=True)
-class Batch:
-    """n samples of S tokens.
-
-    tokens: int64 [n, S]. labels: int64 [n, S], the next token, or -100 where that belongs to
-    the next document and documents are kept apart. document_ids: int32 [n, S], number of the
-    token's document within its sample, from 0; None where documents run together.
-    """
-
-    tokens: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    document_ids: NDArray[np.int32] | None
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self.tokens)
-
-    def split(self, size: int) -> Iterator["Batch"]:
-        """Views of `size` samples each, in order; the last may be shorter."""
-        for first in range(0, len(self), size):
-            part = slice(first, first + size)
-            ids = None if self.document_ids is None else self.document_ids[part]
-            yield Batch(self.tokens[part], self.labels[part], ids)
+# Samples looked up at a time by who reads one batch after the other: the cost of a look-up
+# is that of its numpy calls, the same for 8 samples as for hundreds.
+AHEAD = 512
 
 
 class Stream(Protocol):
@@ -83,24 +65,34 @@ class TrainStream:
         ]
         self.mixture = Mixture(tuple(self.windows), stages, config.sequence_length)
         self.samples = self.mixture.samples
+        # Only to save work: what was looked up last, from its first sample on, and how far
+        # was read. One attribute each, so that threads see a whole one.
+        self._known = 0, plan([], np.empty(0, np.int64), np.empty(0, np.int64), False)
+        self._read_to = 0
 
     def read(self, first_sample: int, count: int) -> Batch:
         """Samples [first_sample, first_sample + count) of the run."""
-        tokens, labels = _pool.empty((2, count, self.sequence_length), np.int64)
-        domain, ordinal = self.mixture.locate(np.arange(first_sample, first_sample + count))
-        rows: list[NDArray[np.int64]] = []
-        offsets: list[NDArray[np.int64]] = []
-        for number, (name, windows) in enumerate(self.windows.items()):
-            here = np.flatnonzero(domain == number)
-            if not len(here):
-                continue
-            chosen = in_epochs(ordinal[here], windows.count, self.seed, name)
-            windows.fill(chosen, here, tokens, labels)
-            if self.document_mask:
-                which, offset = windows.boundaries(chosen)
-                rows.append(here[which])
-                offsets.append(offset)
-        return _batch(tokens, labels, rows, offsets, self.document_mask)
+        last_sample = first_sample + count
+        start, known = self._known
+        if first_sample < start or last_sample > start + len(known):
+            follows = first_sample == self._read_to
+            start, known = first_sample, self._look_up(first_sample, last_sample, follows)
+            self._known = start, known
+        self._read_to = last_sample
+        return assemble(known, first_sample - start, last_sample - start, self.sequence_length)
+
+    def _look_up(self, first: int, last: int, ahead: bool) -> Plan:
+        if ahead:
+            end = max(last, first + AHEAD)
+            last = end if self.samples is None else max(last, min(end, self.samples))
+        files = list(self.windows.items())
+        domain, ordinal = self.mixture.locate(np.arange(first, last))
+        window = np.empty_like(ordinal)
+        for number, (name, windows) in enumerate(files):
+            here = domain == number
+            if here.any():
+                window[here] = in_epochs(ordinal[here], windows.count, self.seed, name)
+        return plan([windows for _, windows in files], domain, window, self.document_mask)
 
     def epochs(self, sample: int) -> dict[str, float]:
         """How often each domain was read after the first `sample` samples, 1.0 = once."""
@@ -136,12 +128,9 @@ class HeldoutStream:
     def read(self, domain: str, first: int, count: int) -> Batch:
         """Windows [first, first + count) of a domain in held-out order."""
         windows = self.windows[domain]
-        tokens, labels = _pool.empty((2, count, self.sequence_length), np.int64)
         chosen = in_epochs(np.arange(first, first + count), windows.count, "heldout", domain)
-        windows.fill(chosen, np.arange(count), tokens, labels)
-        found = [windows.boundaries(chosen)] if self.document_mask else []
-        rows, offsets = [r for r, _ in found], [o for _, o in found]
-        return _batch(tokens, labels, rows, offsets, self.document_mask)
+        found = plan([windows], np.zeros(count, np.int64), chosen, self.document_mask)
+        return assemble(found, 0, count, self.sequence_length)
 
 
 def heldout_windows(
@@ -231,18 +220,3 @@ def _open(prefixes: Mapping[str, object], length: int) -> dict[str, Windows]:
             )
         opened[name] = windows
     return opened
-
-
-def _batch(
-    tokens: NDArray[np.int64],
-    labels: NDArray[np.int64],
-    rows: list[NDArray[np.int64]],
-    offsets: list[NDArray[np.int64]],
-    document_mask: bool,
-) -> Batch:
-    if not document_mask:
-        return Batch(tokens, labels, None)
-    nothing = np.empty(0, np.int64)
-    row, offset = np.concatenate([nothing, *rows]), np.concatenate([nothing, *offsets])
-    labels[row, offset - 1] = IGNORED
-    return Batch(tokens, labels, document_ids(tokens.shape, row, offset))

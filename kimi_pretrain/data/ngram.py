@@ -17,7 +17,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_pretrain.data.batches import IGNORED, Batch
+from kimi_pretrain.data.assembly import IGNORED, Batch
 
 # Pairs that wait before they are merged into the sorted counts; bounds the memory beside them.
 PENDING = 1 << 22

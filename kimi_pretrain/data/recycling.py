@@ -13,28 +13,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Blocks kept for later, of one size: a prefetcher's depth and the batch in use.
+# Blocks kept for later of each size: a prefetcher's depth and the batch in use.
 KEPT = 4
+# Sizes remembered; a run has a few (batches of training and evaluation, the last one).
+SIZES = 8
 
 
 class BlockPool:
     """Gives out arrays, uninitialised like ``np.empty``. Threads may share it."""
 
     def __init__(self) -> None:
-        self._free: list[NDArray[np.uint8]] = []
+        self._free: dict[int, list[NDArray[np.uint8]]] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
         """A new array of `shape` and `dtype`."""
         size = prod(shape) * np.dtype(dtype).itemsize
+        if size not in self._free and len(self._free) == SIZES:
+            self._free = {}
+        free = self._free.setdefault(size, [])
         try:
-            block = self._free.pop()
-        except IndexError:
-            block = np.empty(size, np.uint8)
-        if block.nbytes != size:
-            self._free.clear()
+            block = free.pop()
+        except IndexError:  # another thread may have taken the last one
             block = np.empty(size, np.uint8)
         # numpy keeps the lease as the base of the array and of every view of it.
-        return np.asarray(_Lease(block, self._free)).view(dtype).reshape(shape)
+        return np.asarray(_Lease(block, free)).view(dtype).reshape(shape)
 
 
 class _Lease:

@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 from kimi_pretrain.data.indexed import IndexedReader, bin_path
 from kimi_pretrain.data.permutation import Permutation
 
-# Windows copied at a time: few enough to stay in the cache until they are widened to int64.
-GATHERED = 16
 # Bytes read through a map before its pages are given back.
 MAPPED = 1 << 28
 
@@ -43,32 +41,28 @@ class Windows:
             return
         self._map = mmap.mmap(self._file, self._size, access=mmap.ACCESS_READ)
         self._touched = 0
-        # Overlapping rows [count, length + 1] over the flat file; indexing them copies.
+        # Overlapping rows over the flat file, the type on disk.  # [count, length + 1]
         stride = length * reader.itemsize
         self._rows: NDArray[Any] = np.ndarray(
             (self.count, length + 1), reader.dtype, self._map, strides=(stride, reader.itemsize)
         )
 
-    def fill(
-        self,
-        windows: Indices,
-        rows: Indices,
-        tokens: NDArray[np.int64],
-        labels: NDArray[np.int64],
-    ) -> None:
-        """Write windows [n] into rows [n] of tokens and labels [batch, length].
+    def copy(self, window: int, tokens: NDArray[np.int64], labels: NDArray[np.int64]) -> None:
+        """Write one window into tokens and labels, [length] each."""
+        # Two conversions straight from the map: the second finds the row in the cache.
+        row = self._rows[window]
+        tokens[:] = row[:-1]
+        labels[:] = row[1:]
+        self._touched += row.nbytes
+
+    def check(self) -> None:
+        """To be called before a batch is copied.
 
         Raises OSError if the file changed its size since it was opened: touching a map past
         its file's end would kill the process.
         """
         if os.fstat(self._file).st_size != self._size:
             raise OSError(f"{bin_path(self.reader.prefix)} changed its size while open")
-        for first in range(0, len(windows), GATHERED):
-            raw = self._rows[windows[first : first + GATHERED]]
-            to = rows[first : first + GATHERED]
-            tokens[to] = raw[:, :-1]
-            labels[to] = raw[:, 1:]
-        self._touched += len(windows) * self._rows.strides[0]
         if self._touched > MAPPED:
             self._map.madvise(mmap.MADV_DONTNEED)
             self._touched = 0
@@ -76,8 +70,9 @@ class Windows:
     def boundaries(self, windows: Indices) -> tuple[Indices, Indices]:
         """Where documents begin inside windows [n]: (which of the n, offset), both int64 [k].
 
-        Offsets lie in [1, length]: what begins at 0 begins with the window, and the label of
-        the last token stands at `length`. An empty document repeats an entry.
+        Ordered by window, then offset. Offsets lie in [1, length]: what begins at 0 begins
+        with the window, and the label of the last token stands at `length`. An empty document
+        repeats an entry.
         """
         start = windows * self.length
         first, last = self.reader.document_at(np.stack((start, start + self.length)))
@@ -100,14 +95,3 @@ def in_epochs(ordinals: Indices, count: int, *key: int | str) -> Indices:
         here = epochs == epoch
         result[here] = Permutation(count, *key, epoch).array(positions[here])
     return result
-
-
-def document_ids(shape: tuple[int, int], rows: Indices, offsets: Indices) -> NDArray[np.int32]:
-    """Number of each token's document within its window, from 0: int32 of `shape`.
-
-    rows, offsets: where documents begin, as `Windows.boundaries` tells.
-    """
-    begins: NDArray[Any] = np.zeros(shape, dtype=np.int32)
-    inside = offsets < shape[1]
-    begins[rows[inside], offsets[inside]] = 1
-    return np.cumsum(begins, axis=1, dtype=np.int32, out=begins)

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from kimi_pretrain.data.recycling import KEPT, BlockPool
+from kimi_pretrain.data.recycling import KEPT, SIZES, BlockPool
 
 
 def address(array: np.ndarray) -> int:
@@ -56,7 +56,10 @@ def test_keeps_a_few_blocks_only() -> None:
     arrays = [pool.empty((10,), np.int64) for _ in range(20)]
     del arrays
     gc.collect()
-    assert len(pool._free) == KEPT
+    assert [len(free) for free in pool._free.values()] == [KEPT]
+    for size in range(50):
+        pool.empty((size,), np.int64)
+    assert len(pool._free) <= SIZES
 
 
 def test_threads_never_share_a_block() -> None:

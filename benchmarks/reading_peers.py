@@ -1,0 +1,105 @@
+"""The three readers of benchmarks.data_reading, each an endless source of shuffled batches.
+
+All give samples of 4,097 tokens in shuffled order as int64 tensors: tokens and labels of
+[batch, 4096] here, one tensor [batch, 4097] from the peers, which is the same content and
+less work. Peers run without worker processes, which were slower for all of them.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+LENGTH = 4096
+TOKEN = np.dtype("<i4")
+Batches = Iterator[torch.Tensor]
+
+
+def ours(root: Path, samples: int, batch: int, document_mask: bool = False) -> Batches:
+    from kimi_pretrain.config.schema import DataConfig
+    from kimi_pretrain.data.batches import TrainStream
+    from kimi_pretrain.data.prepared import DomainFiles, PreparedData
+
+    tokenizer: Any = None  # reading needs no tokenizer
+    prepared = PreparedData(tokenizer, {"text": DomainFiles(root / "tokens")})
+    config = DataConfig(
+        name="benchmark", root=".", sequence_length=LENGTH, document_mask=document_mask
+    )
+    stream = TrainStream(prepared, config, seed=0)
+    assert stream.windows["text"].count == samples
+    first = 0
+    while True:
+        read = stream.read(first, batch)
+        first += batch
+        torch.from_numpy(read.labels)
+        yield torch.from_numpy(read.tokens)
+
+
+def ours_masked(root: Path, samples: int, batch: int) -> Batches:
+    return ours(root, samples, batch, document_mask=True)
+
+
+class MapDataset(torch.utils.data.Dataset[torch.Tensor]):
+    """The usual map-style dataset over a memory map, one sample at a time."""
+
+    def __init__(self, root: Path, samples: int) -> None:
+        self.tokens = np.memmap(root / "tokens.bin", TOKEN, mode="r")
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        start = index * LENGTH
+        return torch.from_numpy(self.tokens[start : start + LENGTH + 1].astype(np.int64))
+
+
+class BatchedDataset(MapDataset):
+    """The same with torch's hook for whole batches: one gather, no collation of samples."""
+
+    def __init__(self, root: Path, samples: int) -> None:
+        super().__init__(root, samples)
+        size = self.tokens.itemsize
+        self.rows = np.lib.stride_tricks.as_strided(
+            self.tokens.view(np.ndarray), (samples, LENGTH + 1), (LENGTH * size, size)
+        )
+
+    def __getitems__(self, indices: list[int]) -> torch.Tensor:
+        return torch.from_numpy(self.rows[indices].astype(np.int64))
+
+
+def torchdata(root: Path, samples: int, batch: int) -> Batches:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    return iter(StatefulDataLoader(MapDataset(root, samples), batch_size=batch, shuffle=True))
+
+
+def torchdata_batched(root: Path, samples: int, batch: int) -> Batches:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    dataset = BatchedDataset(root, samples)
+    return iter(
+        StatefulDataLoader(dataset, batch_size=batch, shuffle=True, collate_fn=lambda rows: rows)
+    )
+
+
+def mosaic(root: Path, samples: int, batch: int) -> Batches:
+    from streaming import StreamingDataset
+
+    dataset = StreamingDataset(
+        local=str(root / "mds"), shuffle=True, batch_size=batch, num_canonical_nodes=1
+    )
+    assert dataset.size == samples
+    for read in torch.utils.data.DataLoader(dataset, batch_size=batch):
+        yield read["tokens"].to(torch.int64)
+
+
+READERS: dict[str, Callable[[Path, int, int], Batches]] = {
+    "kimi_pretrain": ours,
+    "kimi_pretrain, document masks": ours_masked,
+    "torchdata": torchdata,
+    "torchdata, batched fetch": torchdata_batched,
+    "mosaicml-streaming": mosaic,
+}
