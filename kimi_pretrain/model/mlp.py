@@ -36,8 +36,9 @@ class Experts(nn.Module):
     def forward(self, arrived: Arrived) -> Tensor:
         """[rows, hidden] to the same shape, each row by its expert."""
         _, width, intermediate = self.down_proj.shape
-        layout = group_layout(arrived.sizes, 3 * width * intermediate, arrived.rows.device)
-        rows = pad_rows(arrived.rows, layout)
+        rows = arrived.rows
+        layout = group_layout(arrived.sizes, 3 * width * intermediate, rows.dtype, rows.device)
+        rows = pad_rows(rows, layout)
         gate_up = grouped_linear(rows, self.gate_up_proj.flatten(1, 2), layout)
         return unpad_rows(grouped_linear(swiglu(gate_up), self.down_proj, layout), layout)
 

@@ -84,7 +84,19 @@ def choose_experts(scores: Tensor, bias: Tensor, cfg: ModelConfig) -> Tensor:
         masked = torch.ones_like(worth, dtype=torch.bool).scatter_(1, best, False)
         # Not 0: an expert of a masked group would win against a negative biased score.
         choice = groups.masked_fill(masked[:, :, None], -torch.inf).view(tokens, experts)
-    return choice.topk(cfg.num_experts_per_tok, dim=-1, sorted=False).indices
+    return _largest(choice, cfg.num_experts_per_tok)
+
+
+def _largest(x: Tensor, k: int) -> Tensor:
+    """Indices of the k largest of every row: [rows, columns] to [rows, k], in no order."""
+    if k > 4:
+        return x.topk(k, dim=-1, sorted=False).indices
+    # On CPU topk costs as much as six passes of argmax.
+    rest, found = x.clone(), []
+    for _ in range(k):
+        found.append(rest.argmax(dim=-1, keepdim=True))
+        rest.scatter_(1, found[-1], -torch.inf)
+    return torch.cat(found, dim=-1)
 
 
 def sequence_load(counts: Tensor, length: int, cfg: ModelConfig) -> Tensor:

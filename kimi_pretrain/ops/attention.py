@@ -7,6 +7,7 @@ at K2's head widths and a quarter faster at those of small models; it needs no p
 values to the width of keys, and its log-sum-exp is exact to fp32.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -150,7 +151,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _blocks(pairs: int, length: int) -> Iterator[tuple[slice, slice]]:
-    """(pairs, rows): some (sequence, head) pairs, and query rows, which see keys below rows.stop."""
+    """(pairs, rows): (sequence, head) pairs and query rows, which see the keys below rows.stop."""
     step = max(1, _BLOCK_ELEMENTS // (_BLOCK_ROWS * length))
     for first_pair in range(0, pairs, step):
         for first in range(0, length, _BLOCK_ROWS):
@@ -164,6 +165,7 @@ def _logits(
     """Every block of ``_blocks`` with its logits [pairs, rows, rows.stop].
 
     Scaled, -inf where masked, fp32 (fp64 for fp64), from q and k [pairs, length, width].
+    The logits of one block overwrite those of the block before.
     """
     high = accumulate_dtype(q.dtype)
     future = torch.ones(_BLOCK_ROWS, _BLOCK_ROWS, dtype=torch.bool, device=q.device).triu_(1)
@@ -171,9 +173,14 @@ def _logits(
     if mask is not None:
         sequence = sequence // (q.shape[0] // mask.shape[0])
     queries, keys = q.to(high) * scale, k.to(high).transpose(1, 2)
+    memory = torch.empty(0, dtype=high, device=q.device)
     for pairs, rows in _blocks(q.shape[0], q.shape[1]):
-        logits = torch.bmm(queries[pairs, rows], keys[pairs, :, : rows.stop])
         size = rows.stop - rows.start
+        shape = (pairs.stop - pairs.start, size, rows.stop)
+        if memory.numel() < math.prod(shape):
+            memory = memory.new_empty(shape[0] * size * q.shape[1])
+        logits = memory[: math.prod(shape)].view(shape)
+        torch.bmm(queries[pairs, rows], keys[pairs, :, : rows.stop], out=logits)
         logits[:, :, rows.start :].masked_fill_(future[:size, :size], -torch.inf)
         if mask is not None:
             logits.masked_fill_(mask[:, rows, : rows.stop][sequence[pairs]], -torch.inf)

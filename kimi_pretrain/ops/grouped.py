@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What a call costs beside its arithmetic, as arithmetic: about 40 us at 200 GFLOP/s.
-_CALL_FLOPS = 8e6
+# What a call costs beside its arithmetic, as arithmetic a core does in that time.
+_CALL_FLOPS = {torch.bfloat16: 4e6, torch.float32: 1e6, torch.float64: 5e5}
 _LONGEST_RUN = 16
 # Rows of a padded group are a multiple of this: odd sizes slow bf16 products down.
 _ROW_MULTIPLE = 8
@@ -40,16 +40,20 @@ class GroupLayout:
 
 
 def group_layout(
-    sizes: Sequence[int], flops_per_row: float, device: torch.device | str = "cpu"
+    sizes: Sequence[int],
+    flops_per_row: float,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
 ) -> GroupLayout:
     """The layout that multiplies groups of these sizes in the shortest time.
 
     Args:
         sizes: rows of each group.
         flops_per_row: of one product; large rows make padding dear and calls cheap.
+        dtype: of the rows; fast arithmetic makes calls dear.
         device: of the rows.
     """
-    runs = tuple(_cheapest_runs(sizes, _CALL_FLOPS / flops_per_row))
+    runs = tuple(_cheapest_runs(sizes, _CALL_FLOPS[dtype] / flops_per_row))
     total = sum((run.last - run.first) * run.rows for run in runs)
     if total == sum(sizes):
         return GroupLayout(runs, total, None)
@@ -67,14 +71,14 @@ def pad_rows(x: Tensor, layout: GroupLayout) -> Tensor:
     """[rows, width] to [rows with padding, width], zero in between."""
     if layout.position is None:
         return x
-    return _Pad.apply(x, layout)  # type: ignore[no-any-return, no-untyped-call]
+    return _Pad.apply(x, layout.position, layout.rows)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def unpad_rows(x: Tensor, layout: GroupLayout) -> Tensor:
     """The inverse of ``pad_rows``."""
     if layout.position is None:
         return x
-    return _Unpad.apply(x, layout)  # type: ignore[no-any-return, no-untyped-call]
+    return _Unpad.apply(x, layout.position)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def grouped_linear(x: Tensor, weight: Tensor, layout: GroupLayout) -> Tensor:
@@ -114,7 +118,10 @@ class _GroupedLinear(torch.autograd.Function):
             for run, g, out in _runs(ctx.layout, grad, grad_x):
                 torch.bmm(g, weight[run.first : run.last], out=out)
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight)
+            grad_weight = torch.empty_like(weight)
+            for run in ctx.layout.runs:
+                if not run.rows:
+                    grad_weight[run.first : run.last] = 0.0
             for run, g, rows in _runs(ctx.layout, grad, x):
                 torch.bmm(g.transpose(1, 2), rows, out=grad_weight[run.first : run.last])
         return grad_x, grad_weight, None
@@ -122,28 +129,28 @@ class _GroupedLinear(torch.autograd.Function):
 
 class _Pad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: GroupLayout) -> Tensor:
-        ctx.layout = layout
-        return _padded(x, layout)
+    def forward(ctx: Any, x: Tensor, position: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(position)
+        return x.new_zeros(rows, x.shape[1]).index_copy_(0, position, x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].index_select(0, ctx.layout.position), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (position,) = ctx.saved_tensors
+        return grads[0].index_select(0, position), None, None
 
 
 class _Unpad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: GroupLayout) -> Tensor:
-        ctx.layout = layout
-        return x.index_select(0, layout.position)
+    def forward(ctx: Any, x: Tensor, position: Tensor) -> Tensor:
+        ctx.save_for_backward(position)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, position)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _padded(grads[0], ctx.layout), None
-
-
-def _padded(x: Tensor, layout: GroupLayout) -> Tensor:
-    return x.new_zeros(layout.rows, x.shape[1]).index_copy_(0, layout.position, x)
+        (position,) = ctx.saved_tensors
+        grad = grads[0]
+        return grad.new_zeros(ctx.rows, grad.shape[1]).index_copy_(0, position, grad), None
 
 
 def _runs(layout: GroupLayout, a: Tensor, b: Tensor) -> Iterator[tuple[Run, Tensor, Tensor]]:

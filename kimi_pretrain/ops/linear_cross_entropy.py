@@ -113,8 +113,10 @@ def _whole_vocabulary(problem: _Problem, step: int, differentiable: bool) -> _Re
     losses = torch.empty_like(valid)
     grad_hidden = torch.empty_like(hidden)
     grad_weight = torch.zeros_like(weight, dtype=valid.dtype)
+    memory = hidden.new_empty(min(step, hidden.shape[0]), weight.shape[0])
     for rows in _slices(hidden.shape[0], step):
-        tile = torch.mm(hidden[rows], weight.t())  # [step, vocabulary]
+        tile = memory[: rows.stop - rows.start]  # [step, vocabulary]
+        torch.mm(hidden[rows], weight.t(), out=tile)
         each = torch.arange(tile.shape[0], device=tile.device)
         own = tile[each, problem.targets[rows]].to(valid.dtype)
         lse = torch.empty_like(own)

@@ -33,9 +33,11 @@ class _SwiGLU(torch.autograd.Function):
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         gate = _copy(gate)
-        grad_up = silu(gate).mul_(grads[0])
-        grad_gate = torch.ops.aten.silu_backward(torch.mul(grads[0], up), gate)
-        return torch.cat([grad_gate, grad_up], dim=-1)
+        grad = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad.chunk(2, dim=-1)
+        torch.mul(silu(gate), grads[0], out=grad_up)
+        grad_gate.copy_(torch.ops.aten.silu_backward(torch.mul(grads[0], up), gate))
+        return grad
 
 
 def _copy(half: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ SMALL, LARGE = 1.0, 1e12  # FLOPs a row: calls are dear, or padding is
 
 
 def product(x: Tensor, weight: Tensor, sizes: list[int], flops_per_row: float) -> Tensor:
-    layout = group_layout(sizes, flops_per_row)
+    layout = group_layout(sizes, flops_per_row, x.dtype)
     return unpad_rows(grouped_linear(pad_rows(x, layout), weight, layout), layout)
 
 
@@ -58,7 +58,7 @@ def test_bf16_rows_equal_the_single_product() -> None:
 
 def test_large_experts_are_neither_padded_nor_copied() -> None:
     """At K2's widths a padded row costs more than a call: 44 million parameters an expert."""
-    layout = group_layout([512, 3, 0, 511], 2 * 7168 * 2048)
+    layout = group_layout([512, 3, 0, 511], 2 * 7168 * 2048, torch.bfloat16)
     assert [run.rows for run in layout.runs] == [512, 3, 0, 511]
     x = torch.randn(1026, 2)
     assert pad_rows(x, layout) is x
@@ -67,10 +67,10 @@ def test_large_experts_are_neither_padded_nor_copied() -> None:
 
 def test_small_equal_experts_are_one_product() -> None:
     """One call an expert would take several times the time of the arithmetic."""
-    layout = group_layout([20] * 16, 2 * 128 * 112)
+    layout = group_layout([20] * 16, 2 * 128 * 112, torch.bfloat16)
     assert [(run.first, run.last, run.rows) for run in layout.runs] == [(0, 16, 24)]
 
 
 def test_one_crowded_expert_does_not_pad_the_others() -> None:
-    layout = group_layout([20] * 7 + [5000] + [20] * 8, 2 * 128 * 112)
+    layout = group_layout([20] * 7 + [5000] + [20] * 8, 2 * 128 * 112, torch.bfloat16)
     assert layout.rows < 6000
