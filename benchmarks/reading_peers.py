@@ -1,8 +1,9 @@
 """The three readers of benchmarks.data_reading, each an endless source of shuffled batches.
 
-All give samples of 4,097 tokens in shuffled order as int64 tensors: tokens and labels of
-[batch, 4096] here, one tensor [batch, 4097] from the peers, which is the same content and
-less work. Peers run without worker processes, which were slower for all of them.
+All read samples of 4,097 tokens in shuffled order and give int64 tensors: two of
+[batch, 4096], tokens and labels, here and from torchdata's batched fetch; one of
+[batch, 4097] from torchdata and mosaicml-streaming as they are commonly used, which is less
+work and leaves the cut to the training step. All run without worker processes.
 """
 
 from collections.abc import Callable, Iterator
@@ -57,7 +58,7 @@ class MapDataset(torch.utils.data.Dataset[torch.Tensor]):
 
 
 class BatchedDataset(MapDataset):
-    """The same with torch's hook for whole batches: one gather, no collation of samples."""
+    """torchdata tuned by us: torch's hook for whole batches, one gather and no collation."""
 
     def __init__(self, root: Path, samples: int) -> None:
         super().__init__(root, samples)
@@ -66,8 +67,10 @@ class BatchedDataset(MapDataset):
             self.tokens.view(np.ndarray), (samples, LENGTH + 1), (LENGTH * size, size)
         )
 
-    def __getitems__(self, indices: list[int]) -> torch.Tensor:
-        return torch.from_numpy(self.rows[indices].astype(np.int64))
+    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = self.rows[indices]
+        tokens, labels = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
+        return torch.from_numpy(tokens), torch.from_numpy(labels)
 
 
 def torchdata(root: Path, samples: int, batch: int) -> Batches:
@@ -80,9 +83,11 @@ def torchdata_batched(root: Path, samples: int, batch: int) -> Batches:
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     dataset = BatchedDataset(root, samples)
-    return iter(
-        StatefulDataLoader(dataset, batch_size=batch, shuffle=True, collate_fn=lambda rows: rows)
+    loader = StatefulDataLoader(
+        dataset, batch_size=batch, shuffle=True, collate_fn=lambda pair: pair
     )
+    for tokens, _labels in loader:
+        yield tokens
 
 
 def mosaic(root: Path, samples: int, batch: int) -> Batches:

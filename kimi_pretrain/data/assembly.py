@@ -78,14 +78,13 @@ def plan(files: Sequence[Windows], file: Indices, window: Indices, document_mask
 
 
 def assemble(plan: Plan, first: int, last: int, length: int) -> Batch:
-    """Read samples [first, last) of a plan. Raises OSError if a file changed its size."""
+    """Read samples [first, last) of a plan. Raises OSError if a file cannot be read."""
     count = last - first
     tokens, labels = _pool.empty((2, count, length), np.int64)
-    for number in set(plan.file[first:last]):
-        plan.files[number].check()
-    places = zip(plan.file[first:last], plan.window[first:last], strict=True)
-    for row, (number, window) in enumerate(places):
-        plan.files[number].copy(window, tokens[row], labels[row])
+    copiers = {number: plan.files[number].copier() for number in set(plan.file[first:last])}
+    places = zip(plan.file[first:last], plan.window[first:last], tokens, labels, strict=True)
+    for number, window, inputs, targets in places:
+        copiers[number](window, inputs, targets)
     if plan.begins is None or plan.first_begin is None:
         return Batch(tokens, labels, None)
     bounds = plan.first_begin[first : last + 1]

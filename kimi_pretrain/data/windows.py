@@ -6,10 +6,9 @@ token of window w + 1; each token but the first is thus a label exactly once an 
 tail that does not fill a window is left out.
 """
 
-import mmap
 import os
 import weakref
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,17 +16,15 @@ from numpy.typing import NDArray
 from kimi_pretrain.data.indexed import IndexedReader, bin_path
 from kimi_pretrain.data.permutation import Permutation
 
-# Bytes read through a map before its pages are given back.
-MAPPED = 1 << 28
-
 Indices = NDArray[np.int64]
 
 
 class Windows:
     """The windows of one token file. Opening it costs the same at every size.
 
-    Reads through a memory map of its own, and gives its pages back every ``MAPPED`` bytes: the
-    kernel keeps what it likes in its cache, but the process does not grow with what it read.
+    Tokens are read with `pread`, which copies the asked bytes and nothing else. Through a
+    memory map the process would grow with all it ever read, and a file that was cut off or a
+    failing disk would end it by SIGBUS, where this raises an OSError.
     """
 
     def __init__(self, reader: IndexedReader, length: int) -> None:
@@ -36,36 +33,24 @@ class Windows:
         self.count = max(reader.total_tokens - 1, 0) // length
         self._file = os.open(bin_path(reader.prefix), os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._file)
-        self._size = os.fstat(self._file).st_size
-        if not self.count:
-            return
-        self._map = mmap.mmap(self._file, self._size, access=mmap.ACCESS_READ)
-        self._touched = 0
-        # Overlapping rows over the flat file, the type on disk.  # [count, length + 1]
-        stride = length * reader.itemsize
-        self._rows: NDArray[Any] = np.ndarray(
-            (self.count, length + 1), reader.dtype, self._map, strides=(stride, reader.itemsize)
-        )
 
-    def copy(self, window: int, tokens: NDArray[np.int64], labels: NDArray[np.int64]) -> None:
-        """Write one window into tokens and labels, [length] each."""
-        # Two conversions straight from the map: the second finds the row in the cache.
-        row = self._rows[window]
-        tokens[:] = row[:-1]
-        labels[:] = row[1:]
-        self._touched += row.nbytes
+    def copier(self) -> Callable[[int, NDArray[np.int64], NDArray[np.int64]], None]:
+        """A function (window, tokens [length], labels [length]) that writes one window.
 
-    def check(self) -> None:
-        """To be called before a batch is copied.
-
-        Raises OSError if the file changed its size since it was opened: touching a map past
-        its file's end would kill the process.
+        It owns a buffer, so each thread takes its own. It raises OSError if the file became
+        shorter than it was when it was opened.
         """
-        if os.fstat(self._file).st_size != self._size:
-            raise OSError(f"{bin_path(self.reader.prefix)} changed its size while open")
-        if self._touched > MAPPED:
-            self._map.madvise(mmap.MADV_DONTNEED)
-            self._touched = 0
+        buffer = np.empty(self.length + 1, dtype=self.reader.dtype)
+        file, into, head, tail = self._file, [buffer.data.cast("B")], buffer[:-1], buffer[1:]
+        expected, stride = buffer.nbytes, self.length * self.reader.itemsize
+
+        def copy(window: int, tokens: NDArray[np.int64], labels: NDArray[np.int64]) -> None:
+            if os.preadv(file, into, window * stride) != expected:
+                raise OSError(f"{bin_path(self.reader.prefix)} ends inside window {window}")
+            tokens[:] = head
+            labels[:] = tail
+
+        return copy
 
     def boundaries(self, windows: Indices) -> tuple[Indices, Indices]:
         """Where documents begin inside windows [n]: (which of the n, offset), both int64 [k].
