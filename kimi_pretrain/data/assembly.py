@@ -45,14 +45,15 @@ class Batch:
 class Plan:
     """Consecutive samples, looked up but not read.
 
-    Documents that begin inside sample i do so at begins[first_begin[i] : first_begin[i + 1]];
-    both are None where documents run together.
+    Sample i's documents begin at the offsets begins[first_begin[i] : first_begin[i + 1]], the
+    first of them at 0, the last perhaps at S, where only a label stands. Both are None where
+    documents run together.
     """
 
     files: Sequence[Windows]
     file: list[int]
     window: list[int]
-    begins: Indices | None  # offsets in [1, S], [k]
+    begins: Indices | None  # offsets in [0, S], [k]
     first_begin: Indices | None  # [n + 1]
 
     def __len__(self) -> int:
@@ -64,17 +65,19 @@ def plan(files: Sequence[Windows], file: Indices, window: Indices, document_mask
     """A plan of n samples: file number and window of each, int64 [n]."""
     if not document_mask:
         return Plan(files, file.tolist(), window.tolist(), None, None)
-    samples, offsets = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    samples, offsets = [np.arange(len(file))], [np.zeros(len(file), np.int64)]
     for number, windows in enumerate(files):
         here = np.flatnonzero(file == number)
         if len(here):
             which, offset = windows.boundaries(window[here])
             samples.append(here[which])
             offsets.append(offset)
-    sample, begins = np.concatenate(samples), np.concatenate(offsets)
-    order = np.argsort(sample, kind="stable")
-    first = np.searchsorted(sample[order], np.arange(len(file) + 1))
-    return Plan(files, file.tolist(), window.tolist(), begins[order], first)
+    # In order, and once where an empty document begins beside another.
+    span = max((windows.length for windows in files), default=0) + 1
+    places = np.unique(np.concatenate(samples) * span + np.concatenate(offsets))
+    sample, begins = np.divmod(places, span)
+    first = np.searchsorted(sample, np.arange(len(file) + 1))
+    return Plan(files, file.tolist(), window.tolist(), begins, first)
 
 
 def assemble(plan: Plan, first: int, last: int, length: int) -> Batch:
@@ -88,11 +91,13 @@ def assemble(plan: Plan, first: int, last: int, length: int) -> Batch:
     if plan.begins is None or plan.first_begin is None:
         return Batch(tokens, labels, None)
     bounds = plan.first_begin[first : last + 1]
-    rows = np.repeat(np.arange(count), np.diff(bounds))
     offsets = plan.begins[bounds[0] : bounds[-1]]
-    labels[rows, offsets - 1] = IGNORED
-    ids = _pool.empty((count, length), np.int32)
-    ids.fill(0)
+    documents = np.diff(bounds)  # of each sample
+    row = np.repeat(np.arange(count), documents)
+    number = np.arange(len(offsets)) - np.repeat(bounds[:-1] - bounds[0], documents)
+    later = offsets > 0
+    labels[row[later], offsets[later] - 1] = IGNORED
     inside = offsets < length
-    ids[rows[inside], offsets[inside]] = 1
-    return Batch(tokens, labels, np.cumsum(ids, axis=1, dtype=np.int32, out=ids))
+    lengths = np.diff((row * length + offsets)[inside], append=count * length)
+    ids = np.repeat(number[inside].astype(np.int32), lengths).reshape(count, length)
+    return Batch(tokens, labels, ids)
