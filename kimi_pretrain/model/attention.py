@@ -53,10 +53,9 @@ class MLA(nn.Module):
         queries, keys, values = mla_heads(
             q.view(by_head), kv.view(by_head), k_rope, microbatch.cos, microbatch.sin
         )
-        out, lse = attention(queries, keys, values, microbatch.softmax_scale, microbatch.mask)
+        scale, document_ids = microbatch.softmax_scale, microbatch.document_ids
+        out, lse = attention(queries, keys, values, scale, document_ids)
         if microbatch.record is not None:
-            microbatch.record.observe_attention(
-                self.layer, queries, keys, lse, microbatch.softmax_scale, microbatch.mask
-            )
+            microbatch.record.observe_attention(self.layer, queries, keys, lse, scale, document_ids)
         result: Tensor = self.o_proj(out.flatten(2))
         return result

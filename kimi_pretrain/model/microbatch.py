@@ -7,19 +7,19 @@ from torch import Tensor
 
 from kimi_pretrain.config.schema import ModelConfig
 from kimi_pretrain.model.record import StepRecord
-from kimi_pretrain.ops.attention import document_mask
+from kimi_pretrain.ops.attention import several_documents
 from kimi_pretrain.ops.precision import accumulate_dtype
 from kimi_pretrain.ops.rope import rope_tables, softmax_scale
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Positions, mask and observer of one microbatch; built once, read by every layer."""
+    """Positions, documents and observer of one microbatch; built once, read by every layer."""
 
     cos: Tensor  # [length, rope / 2] fp32 (fp64 for fp64)
     sin: Tensor  # [length, rope / 2]
     softmax_scale: float
-    mask: Tensor | None  # from ops.attention.document_mask
+    document_ids: Tensor | None  # [batch, length]; None where each row is one document
     record: StepRecord | None
 
     @classmethod
@@ -32,6 +32,6 @@ class Microbatch:
         document_ids: Tensor | None = None,
         record: StepRecord | None = None,
     ) -> "Microbatch":
-        """Tables for positions 0 .. length - 1 and the mask of ``document_ids`` [batch, length]."""
+        """Tables for positions 0 .. length - 1 and ``document_ids`` [batch, length]."""
         cos, sin = rope_tables(cfg, length, accumulate_dtype(dtype), device)
-        return cls(cos, sin, softmax_scale(cfg), document_mask(document_ids), record)
+        return cls(cos, sin, softmax_scale(cfg), several_documents(document_ids), record)

@@ -66,7 +66,13 @@ class StepRecord:
 
     @torch.no_grad()
     def observe_attention(
-        self, layer: int, q: Tensor, k: Tensor, lse: Tensor, scale: float, mask: Tensor | None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        scale: float,
+        document_ids: Tensor | None,
     ) -> None:
         """Fold one microbatch's logits of a layer into the maxima (QK-Clip, arXiv 2507.20534).
 
@@ -79,7 +85,7 @@ class StepRecord:
             k: as for ``ops.attention.max_logits``.
             lse: [batch, heads, length], from ``ops.attention.attention``.
             scale: factor of the logits.
-            mask: as for ``ops.attention.max_logits``.
+            document_ids: as for ``ops.attention.max_logits``.
         """
         bound = lse.amax(dim=(0, 2)).to(self.max_logits.dtype)  # [heads]
         if self.all_exact:
@@ -90,7 +96,7 @@ class StepRecord:
             heads = (bound > self.tau).nonzero()[:, 0].tolist()
         exact = torch.zeros_like(self.exact[layer])
         if heads:
-            bound[heads] = max_logits(q, k, scale, mask, heads).to(bound.dtype)
+            bound[heads] = max_logits(q, k, scale, document_ids, heads).to(bound.dtype)
             exact[heads] = True
         # A maximum is exact if the larger value is: it dominates the other's bound.
         larger = bound > self.max_logits[layer]

@@ -24,7 +24,7 @@ _KEPT_ELEMENTS = 2**23
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, document_ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention in which a token sees itself and the earlier tokens of its document.
 
@@ -33,41 +33,36 @@ def attention(
         k: [batch, heads, length, qk width].
         v: [batch, heads, length, v width].
         scale: factor of the logits.
-        mask: from ``document_mask``; None when every row is one document.
+        document_ids: [batch, length] integers, equal exactly inside one document; None when
+            every row is one document.
 
     Returns:
         The output [batch, length, heads, v width] and, without gradient, the log-sum-exp
         of the scaled logits [batch, heads, length] in fp32 (fp64 for fp64). For every row
         ``max <= log-sum-exp``, so that its maximum bounds the maximum logit.
     """
-    out, lse = _Attention.apply(q, k, v, scale, mask)  # type: ignore[no-untyped-call]
+    out, lse = _Attention.apply(q, k, v, scale, document_ids)  # type: ignore[no-untyped-call]
     return out, lse
 
 
-def document_mask(document_ids: Tensor | None) -> Tensor | None:
-    """True where a query must not see a key because it belongs to another document.
-
-    Args:
-        document_ids: [batch, length] integers, equal exactly inside one document.
-
-    Returns:
-        [batch, length, length] bool, queries first, or None where no row holds two
-        documents. Causality is not in it.
-    """
+def several_documents(document_ids: Tensor | None) -> Tensor | None:
+    """``document_ids`` [batch, length] itself, or None where no row holds two documents."""
     if document_ids is None or bool((document_ids == document_ids[:, :1]).all()):
         return None
-    return document_ids[:, :, None] != document_ids[:, None, :]
+    return document_ids
 
 
 @torch.no_grad()
-def max_logits(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, heads: list[int]) -> Tensor:
+def max_logits(
+    q: Tensor, k: Tensor, scale: float, document_ids: Tensor | None, heads: list[int]
+) -> Tensor:
     """Exact maximum of the scaled logits over unmasked pairs, for the chosen heads.
 
     Args:
         q: [batch, heads, length, qk width], as k.
         k: [batch, heads, length, qk width].
         scale: factor of the logits.
-        mask: as in ``attention``.
+        document_ids: as in ``attention``.
         heads: which heads.
 
     Returns:
@@ -76,7 +71,7 @@ def max_logits(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, heads: l
     chosen = len(heads)
     maxima = torch.full((chosen,), -torch.inf, dtype=accumulate_dtype(q.dtype), device=q.device)
     of_head = torch.arange(q.shape[0] * chosen, device=q.device) % chosen  # [batch x chosen]
-    for pairs, _, logits in _logits(_flat(q[:, heads]), _flat(k[:, heads]), scale, mask):
+    for pairs, _, logits in _logits(_flat(q[:, heads]), _flat(k[:, heads]), scale, document_ids):
         maxima.scatter_reduce_(0, of_head[pairs], logits.amax(dim=(1, 2)), "amax")
     return maxima
 
@@ -84,7 +79,7 @@ def max_logits(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, heads: l
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, document_ids: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         batch, heads, length, _ = q.shape
         high = accumulate_dtype(q.dtype)
@@ -93,7 +88,7 @@ class _Attention(torch.autograd.Function):
         lse = torch.empty(batch * heads, length, dtype=high, device=q.device)
         keep = batch * heads * length * (length + _BLOCK_ROWS) // 2 <= _KEPT_ELEMENTS
         kept = []
-        for pairs, rows, logits in _logits(_flat(q), _flat(k), scale, mask):
+        for pairs, rows, logits in _logits(_flat(q), _flat(k), scale, document_ids):
             weights = torch.softmax(logits, dim=-1)
             # The largest weight is at least 1 / length: one exponential serves both.
             largest = weights.amax(dim=-1).log_()
@@ -103,7 +98,7 @@ class _Attention(torch.autograd.Function):
             if keep:
                 kept.append(weights)
         result = out.view(batch, heads, length, -1).transpose(1, 2).contiguous()
-        ctx.save_for_backward(q, k, v, result, mask, *kept)
+        ctx.save_for_backward(q, k, v, result, document_ids, *kept)
         ctx.scale = scale
         lse = lse.view(batch, heads, length)
         ctx.mark_non_differentiable(lse)
@@ -113,7 +108,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # P = softmax(S), O = P V:  dV = P^T dO,  dP = dO V^T,
         # dS = P * (dP - rowsum(dO * O)),  dQ = dS K,  dK = dS^T Q  (arXiv 2205.14135).
-        q, k, v, out, mask, *kept = ctx.saved_tensors
+        q, k, v, out, document_ids, *kept = ctx.saved_tensors
         high = accumulate_dtype(q.dtype)
         queries, keys, values = _flat(q), _flat(k), _flat(v)
         grad = _flat(grads[0].transpose(1, 2))  # [pairs, length, v width]
@@ -127,7 +122,7 @@ class _Attention(torch.autograd.Function):
             geometry = _blocks(queries.shape[0], queries.shape[1])
             blocks = ((p, r, w) for (p, r), w in zip(geometry, kept, strict=True))
         else:
-            recomputed = _logits(queries, keys, ctx.scale, mask)
+            recomputed = _logits(queries, keys, ctx.scale, document_ids)
             blocks = ((p, r, torch.softmax(s, dim=-1).to(v.dtype)) for p, r, s in recomputed)
         for pairs, rows, weights in blocks:  # weights [pairs, rows, seen]
             seen = slice(0, rows.stop)
@@ -160,7 +155,7 @@ def _blocks(pairs: int, length: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _logits(
-    q: Tensor, k: Tensor, scale: float, mask: Tensor | None
+    q: Tensor, k: Tensor, scale: float, document_ids: Tensor | None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Every block of ``_blocks`` with its logits [pairs, rows, rows.stop].
 
@@ -169,9 +164,8 @@ def _logits(
     """
     high = accumulate_dtype(q.dtype)
     future = torch.ones(_BLOCK_ROWS, _BLOCK_ROWS, dtype=torch.bool, device=q.device).triu_(1)
-    sequence = torch.arange(q.shape[0], device=q.device)
-    if mask is not None:
-        sequence = sequence // (q.shape[0] // mask.shape[0])
+    if document_ids is not None:
+        document_ids = document_ids.repeat_interleave(q.shape[0] // document_ids.shape[0], dim=0)
     queries, keys = q.to(high) * scale, k.to(high).transpose(1, 2)
     memory = torch.empty(0, dtype=high, device=q.device)
     for pairs, rows in _blocks(q.shape[0], q.shape[1]):
@@ -182,6 +176,8 @@ def _logits(
         logits = memory[: math.prod(shape)].view(shape)
         torch.bmm(queries[pairs, rows], keys[pairs, :, : rows.stop], out=logits)
         logits[:, :, rows.start :].masked_fill_(future[:size, :size], -torch.inf)
-        if mask is not None:
-            logits.masked_fill_(mask[:, rows, : rows.stop][sequence[pairs]], -torch.inf)
+        if document_ids is not None:
+            ids = document_ids[pairs, : rows.stop]
+            across = ids[:, rows, None] != ids[:, None, :]  # [pairs, rows, rows.stop]
+            logits.masked_fill_(across, -torch.inf)
         yield pairs, rows, logits

@@ -27,9 +27,9 @@ def test_only_heads_above_tau_get_the_exact_pass(
     asked: list[list[int]] = []
     real = module.max_logits
 
-    def spy(q, k, scale, mask, chosen):  # type: ignore[no-untyped-def]
+    def spy(q, k, scale, documents, chosen):  # type: ignore[no-untyped-def]
         asked.append(chosen)
-        return real(q, k, scale, mask, chosen)
+        return real(q, k, scale, documents, chosen)
 
     monkeypatch.setattr(module, "max_logits", spy)
     record = StepRecord.for_model(tiny(), tau=100.0, dtype=torch.float64)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kimi_pretrain.ops import attention as module
-from kimi_pretrain.ops.attention import attention, document_mask, max_logits
+from kimi_pretrain.ops.attention import attention, max_logits, several_documents
 
 SCALE = 0.7
 
@@ -46,7 +46,7 @@ def test_output_lse_and_gradients_equal_whole_matrices(
     """A block's edge, a mask of the wrong sequence, or a wrong term of the softmax's backward."""
     monkeypatch.setattr(module, "_KEPT_ELEMENTS", kept)
     q, k, v = inputs()
-    out, lse = attention(q, k, v, SCALE, document_mask(documents))
+    out, lse = attention(q, k, v, SCALE, documents)
     logits = logits_of(q, k, documents)
     want = (logits.softmax(-1) @ v).transpose(1, 2)
     torch.testing.assert_close(out, want, rtol=1e-11, atol=1e-13)
@@ -94,28 +94,28 @@ def test_max_logits_are_over_visible_pairs_of_the_chosen_heads(documents: Tensor
     with torch.no_grad():
         q[:, 2], k[:, 2] = -q[:, 2].abs() - 0.1, k[:, 2].abs() + 0.1
     want = logits_of(q, k, documents).amax(dim=(0, 2, 3)).detach()
-    got = max_logits(q, k, SCALE, document_mask(documents), [3, 2])
+    got = max_logits(q, k, SCALE, documents, [3, 2])
     assert want[2] < 0.0
     torch.testing.assert_close(got, want[[3, 2]], rtol=1e-12, atol=0)
-    _, lse = attention(q, k, v, SCALE, document_mask(documents))
+    _, lse = attention(q, k, v, SCALE, documents)
     assert (lse.amax(dim=(0, 2)) >= want).all()
 
 
-def test_documents_of_one_row_each_need_no_mask() -> None:
+def test_rows_of_one_document_each_need_no_mask() -> None:
     """Different ids in different rows are not a boundary."""
-    assert document_mask(torch.tensor([[3, 3, 3], [4, 4, 4]])) is None
-    assert document_mask(None) is None
+    assert several_documents(torch.tensor([[3, 3, 3], [4, 4, 4]])) is None
+    assert several_documents(None) is None
+    assert several_documents(DOCUMENTS) is DOCUMENTS
 
 
 def test_another_document_has_no_influence() -> None:
     """Changing a document must not change what its neighbours compute."""
     q, k, v = inputs()
-    mask = document_mask(DOCUMENTS)
-    before, _ = attention(q, k, v, SCALE, mask)
+    before, _ = attention(q, k, v, SCALE, DOCUMENTS)
     with torch.no_grad():
         k[0, :, 3:8] += 5.0
         v[0, :, 3:8] += 5.0
-    after, _ = attention(q, k, v, SCALE, mask)
+    after, _ = attention(q, k, v, SCALE, DOCUMENTS)
     assert torch.equal(before[0, :3], after[0, :3])
     assert torch.equal(before[0, 8:], after[0, 8:])
     assert not torch.equal(before[0, 3:8], after[0, 3:8])
