@@ -15,7 +15,8 @@ SCALE = 0.7
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several blocks of rows and of heads already at a length of 11."""
-    monkeypatch.setattr(module, "_BLOCK_ROWS", 4)
+    monkeypatch.setattr(module, "_MIN_ROWS", 4)
+    monkeypatch.setattr(module, "_MAX_ROWS", 4)
     monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 4 * 11 * 3)
     return
 
