@@ -35,7 +35,7 @@ from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.translate import HYDRA_ERRORS, translate
 
-SPIN_COUNT = "1000"
+SPIN_COUNT = "10000"
 EXIT_SIGNAL = 75  # docs/exit-codes.md: stopped by a signal after a checkpoint
 
 
