@@ -42,8 +42,8 @@ format: $(VENV)/dev  ## rewrite the sources in ruff's format
 	$(BIN)/ruff format .
 
 bench: $(VENV)/bench  ## every benchmark, each printing a ratio against a named peer
-	@for file in $$(grep -l __main__ benchmarks/*.py); do \
-	    echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for name in optimizer_step training_throughput loss_at_equal_tokens data_reading; do \
+	    $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean:  ## remove what building and testing left behind (runs/ stays)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
