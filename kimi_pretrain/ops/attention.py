@@ -88,7 +88,8 @@ class _Attention(torch.autograd.Function):
         values = _flat(v)
         out = torch.empty_like(values)
         lse = torch.empty(batch * heads, length, dtype=high, device=q.device)
-        keep = batch * heads * length * (length + _MIN_ROWS) // 2 <= _KEPT_ELEMENTS
+        elements = batch * heads * length * (length + _MIN_ROWS) // 2
+        keep = any(ctx.needs_input_grad) and elements <= _KEPT_ELEMENTS
         kept = []
         for pairs, rows, logits in _logits(_flat(q), _flat(k), scale, document_ids):
             weights = torch.softmax(logits, dim=-1)
