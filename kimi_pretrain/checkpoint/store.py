@@ -112,9 +112,14 @@ def latest_verified(root: Path, rejected: Callable[[CheckpointError], None]) -> 
     return None
 
 
-def prune(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    for directory in list_checkpoints(root)[keep:]:
+def prune(root: Path, keep: int, step: int) -> None:
+    """Of the checkpoints up to `step`, which was just written, keep the newest `keep`.
+
+    Later ones are of an earlier start and failed verification: counting them would leave
+    nothing to go on from.
+    """
+    written = [d for d in list_checkpoints(root) if checkpoint_step(d) <= step]
+    for directory in written[keep:]:
         shutil.rmtree(directory)
 
 

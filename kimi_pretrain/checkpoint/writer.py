@@ -40,4 +40,4 @@ class CheckpointWriter:
 
     def _write(self, step: int, snapshot: Snapshot) -> None:
         commit(self.root, step, lambda directory: write(directory, snapshot))
-        prune(self.root, self.keep)
+        prune(self.root, self.keep, step)

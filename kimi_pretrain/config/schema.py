@@ -1,7 +1,7 @@
 """The typed configuration of a run: every key a user can set, with its type and unit.
 
 Plain dataclasses without behaviour. Hydra composes YAML files of ``conf/`` into
-``Config`` (see ``compose.py``); ``validate.py`` refuses impossible combinations.
+``Config`` (see ``composition.py``); ``validate.py`` refuses impossible combinations.
 Model keys carry the names of Hugging Face's DeepSeek-V3 configuration, so that
 ``conf/model/k2.yaml`` can be held against the released ``config.json`` line by line.
 No torch import here: a wrong key must be reported in well under two seconds.
@@ -80,7 +80,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     momentum: float = 0.95
     nesterov: bool = True
-    ns_coefficients: str = "keller5"  # a table of optim/newton_schulz.py
+    ns_coefficients: str = "keller5"  # a table of optim/orthogonalize.py
     update_rms: float = 0.2  # Muon's update is scaled by this x sqrt(max(rows, cols))
     adam_betas: tuple[float, float] = (0.9, 0.95)
     adam_eps: float = 1e-8

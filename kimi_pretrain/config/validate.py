@@ -227,8 +227,6 @@ def _data(data: DataConfig) -> None:
     domains = [*names.RECIPES.get(data.recipe or "", ()), *data.domains]
     fix = "data=default, or '+data.domains.web={train: web/train}'"
     _require(bool(domains), "data.domains", {}, "without a recipe the domains are named", fix)
-    fix = f"data.mixture=[{{weights: {{{domains[0]}: 1.0}}}}]"
-    _require(bool(data.mixture), "data.mixture", [], "a mixture has at least one stage", fix)
     for index, stage in enumerate(data.mixture):
         last = index == len(data.mixture) - 1
         _mixture_stage(stage, f"data.mixture.{index}", domains, last)

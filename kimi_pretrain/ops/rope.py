@@ -106,8 +106,8 @@ def softmax_scale(cfg: ModelConfig) -> float:
 class _Rotate(torch.autograd.Function):
     """Multiply pairs, read as complex numbers, by ``turn``; backward multiplies by its conjugate.
 
-    One widening copy and one in-place product each way: about ten times faster on CPU than
-    strided even/odd slices, and nothing of ``x`` is kept for backward.
+    One widening copy and one in-place product each way, where even and odd slices would
+    stride; nothing of ``x`` is kept for backward.
     """
 
     @staticmethod

@@ -20,7 +20,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    # The gate is copied out first: torch's CPU kernels are three times slower on half rows.
+    # The gate is copied out first: torch's CPU kernels are slower on half rows.
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:

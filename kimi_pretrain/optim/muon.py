@@ -283,7 +283,11 @@ class MuonClip(Optimizer):
             gradient = gradient.to(weight.dtype)
             if "momentum" in state:
                 rounded = _matrices(parameter) if "master" in state else None
-                views = _matrices(weight), _matrices(gradient), _matrices(state["momentum"])
+                views = (
+                    _matrices(weight),
+                    _matrices(gradient.contiguous()),
+                    _matrices(state["momentum"]),
+                )
                 stacks.append(Stack(*views, rounded))
             else:
                 vectors.append((weight, gradient, state["exp_avg"], state["exp_avg_sq"]))

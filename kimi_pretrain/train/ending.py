@@ -70,6 +70,7 @@ def _sample(run: Run) -> dict[str, Any]:
         prompt,
         count,
         context=run.config.data.sequence_length,
+        vocabulary=tokenizer.vocab_size,
         stop=tokenizer.eod_id,
     )
     return {"prompt": tokenizer.decode(prompt), "sample": tokenizer.decode(continuation)}

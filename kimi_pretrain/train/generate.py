@@ -13,12 +13,13 @@ def generate(
     count: int,
     *,
     context: int,
+    vocabulary: int,
     temperature: float = 0.8,
     top_k: int = 40,
     stop: int | None = None,
     seed: int = 0,
 ) -> list[int]:
-    """`count` token ids that continue `prompt` (fewer if the id `stop` comes up).
+    """`count` ids below `vocabulary` that continue `prompt` (fewer if the id `stop` comes up).
 
     Each token is drawn from the `top_k` likeliest at `temperature`, with a generator of
     its own, so that a sample never disturbs the run's random state. The whole context (at
@@ -29,7 +30,8 @@ def generate(
     ids = list(prompt)
     for _ in range(count):
         window = torch.tensor([ids[-context:]], device=device)  # [1, context]
-        likeliest, indices = model(window)[0, -1].float().cpu().topk(top_k)  # [top_k]
+        logits = model(window)[0, -1, :vocabulary].float().cpu()  # rows past it have no text
+        likeliest, indices = logits.topk(min(top_k, vocabulary))  # [top_k]
         drawn = int(indices[_draw(likeliest / temperature, generator)])
         if drawn == stop:
             break

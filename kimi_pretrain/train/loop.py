@@ -33,8 +33,8 @@ def train(config: Config) -> int:
     Raises ConfigError, before anything is trained, for what only the data, the run
     directory or an optional package can show to be wrong.
     """
+    run = open_run(config)
     with stop_on_signal() as stop:
-        run = open_run(config)
         try:
             code, evaluation = _steps(run, stop)
             if code == EXIT_DONE:
@@ -57,8 +57,7 @@ def _steps(run: Run, stop: StopRequest) -> tuple[int, Evaluation | None]:
     """
     every = run.config.schedule
     evaluation = None
-    for step, batch in _batches(run):
-        started = time.perf_counter()
+    for step, batch, started in _batches(run):
         rate = learning_rate(every, run.config.optimizer.lr, run.tokens_per_step, step - 1)
         result = run.train_step.run(step, batch, rate)
         _log_step(run, step, result, rate, time.perf_counter() - started)
@@ -77,12 +76,16 @@ def _steps(run: Run, stop: StopRequest) -> tuple[int, Evaluation | None]:
     return EXIT_DONE, evaluation
 
 
-def _batches(run: Run) -> Iterator[tuple[int, Batch]]:
-    """(step, global batch) from the first step that is not done yet; steps count from 1."""
+def _batches(run: Run) -> Iterator[tuple[int, Batch, float]]:
+    """(step, global batch, when waiting for it began) from the first step that is not done.
+
+    Steps count from 1. A step's seconds include the wait for its data.
+    """
     size = run.config.schedule.global_batch_size
     with run.stream(first_sample=run.first_step * size, count=size) as batches:
         for step in range(run.first_step + 1, run.total_steps + 1):
-            yield step, next(batches)
+            started = time.perf_counter()
+            yield step, next(batches), started
 
 
 def _log_step(run: Run, step: int, result: StepResult, rate: float, seconds: float) -> None:

@@ -31,7 +31,7 @@ def step_row(
         "step": step,
         "tokens": step * tokens_per_step,
         "loss": result.loss,
-        "aux_loss": float(record.aux_loss.sum()),
+        "aux_loss": float(record.aux_loss.sum()) * record.aux_scale,
         "learning_rate": learning_rate,
         "grad_norm": result.grad_norm,
         "max_logit": float(record.max_logits.max()),

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 
 from kimi_pretrain.checkpoint.state import restore, snapshot
 from kimi_pretrain.checkpoint.store import (
+    CheckpointError,
     checkpoint_step,
     latest_verified,
     list_checkpoints,
@@ -21,6 +22,7 @@ from kimi_pretrain.config.saved import require_same_run, save_config
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.data.batches import Batch, Prefetcher, TrainStream, heldout_windows
 from kimi_pretrain.data.corpus import ensure
+from kimi_pretrain.data.lock import exclusive
 from kimi_pretrain.data.prepared import PreparedData
 from kimi_pretrain.data.progress import console as progress_display
 from kimi_pretrain.model.build import from_config
@@ -58,6 +60,7 @@ class Run:
     flops_per_token: int
     peak_flops: float
     opened: float  # time.perf_counter() when assembly began
+    lock: ExitStack  # held until the run is closed
 
     def stream(self, first_sample: int, count: int) -> AbstractContextManager[Iterator[Batch]]:
         """Global batches of `count` samples from `first_sample` on, read ahead by a thread."""
@@ -66,7 +69,11 @@ class Run:
 
     def save(self, step: int) -> None:
         """Checkpoint the state after `step` in the background."""
-        state = {"step": step, "tokens": step * self.tokens_per_step}
+        state = {
+            "step": step,
+            "tokens": step * self.tokens_per_step,
+            "dtype": str(next(self.model.parameters()).dtype),
+        }
         self.writer.save(step, snapshot(self.model, self.train_step.optimizer, state))
 
     def close(self) -> None:
@@ -76,6 +83,7 @@ class Run:
         finally:
             self.sinks.close()
             self.console.close()
+            self.lock.close()
 
 
 def open_run(config: Config) -> Run:
@@ -87,7 +95,7 @@ def open_run(config: Config) -> Run:
     opened = time.perf_counter()
     directory = Path(config.run_dir)
     console = Console(config.logging)
-    directory.mkdir(parents=True, exist_ok=True)
+    lock = _lock(directory)
     check_sinks(config)
     with progress_display() as progress:
         data = ensure(config.data, progress)
@@ -124,7 +132,10 @@ def open_run(config: Config) -> Run:
         flops_per_token=training_flops_per_token(config.model, config.data.sequence_length),
         peak_flops=config.cluster.peak_flops or measure_matmul_peak(dtype, device),
         opened=opened,
+        lock=lock,
     )
+    _require_heldout(run)
+    _require_samples(run)
     console.start(run.total_steps, first_step, _facts(run, dtype, device))
     return run
 
@@ -142,6 +153,49 @@ def _facts(run: Run, dtype: torch.dtype, device: torch.device) -> dict[str, str]
         "precision": f"{str(dtype).removeprefix('torch.')} on {device}, "
         f"{torch.get_num_threads()} threads, matmul peak {run.peak_flops / 1e9:,.0f} GFLOP/s",
     }
+
+
+def _lock(directory: Path) -> ExitStack:
+    """Make the run directory and keep every other start out of it until this one ends."""
+    lock = ExitStack()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        alone = lock.enter_context(exclusive(directory / ".lock", wait=False))
+    except OSError as error:
+        raise ConfigError(
+            "run_dir", str(directory), f"it must be writable ({error.strerror})", "run_dir=DIR"
+        ) from error
+    if not alone:
+        raise ConfigError(
+            "run_dir",
+            str(directory),
+            "another process is training in it, and two would mix their rows and checkpoints",
+            "another run_dir, or wait until it ends",
+        )
+    return lock
+
+
+def _require_heldout(run: Run) -> None:
+    if not run.heldout:
+        raise ConfigError(
+            "data.domains",
+            ", ".join(run.data.domains),
+            "a run measures held-out loss and no domain has held-out files",
+            "data.domains.NAME.heldout=PREFIX, made by `data prepare --heldout 0.01`",
+        )
+
+
+def _require_samples(run: Run) -> None:
+    """A mixture that ends must not end before the schedule does."""
+    samples = TrainStream(run.data, run.config.data, run.config.seed).samples
+    needed = run.total_steps * run.config.schedule.global_batch_size
+    if samples is not None and samples < needed:
+        raise ConfigError(
+            "data.mixture",
+            f"{samples * run.config.data.sequence_length} tokens",
+            f"the schedule reads {run.total_steps * run.tokens_per_step}",
+            "a last mixture stage without `tokens`, which stays open",
+        )
 
 
 def _device() -> torch.device:
@@ -167,6 +221,14 @@ def _restore(config: Config, directory: Path, train_step: TrainStep, console: Co
     remove_unfinished(root)
     found = list_checkpoints(root)
     if not found:
+        if (directory / "summary.json").exists():
+            raise ConfigError(
+                "run_dir",
+                config.run_dir,
+                "it holds a finished run whose checkpoints are gone, and starting over would "
+                "replace its record",
+                "another run_dir",
+            )
         return 0
     if not config.resume:
         raise ConfigError(
@@ -185,6 +247,20 @@ def _restore(config: Config, directory: Path, train_step: TrainStep, console: Co
             f"none of its {len(found)} checkpoints verifies and a resume must not start over",
             "another run_dir, or a copy of the checkpoints that is whole",
         )
-    state = restore(latest, train_step.model, train_step.optimizer)
+    try:
+        state = restore(latest, train_step.model, train_step.optimizer)
+    except CheckpointError as error:
+        raise ConfigError(
+            "checkpoint", str(latest), str(error), "the configuration it was written with"
+        ) from error
+    dtype = str(next(train_step.model.parameters()).dtype)
+    if state["dtype"] != dtype:
+        raise ConfigError(
+            "precision",
+            config.precision,
+            f"it means {dtype} on this machine and the checkpoints of {directory} were trained "
+            f"in {state['dtype']}",
+            "precision=bf16, fp32 or fp64, as the run was started",
+        )
     console.note(f"resumed from {latest} ({state['tokens']:,} tokens)")
     return int(state["step"])

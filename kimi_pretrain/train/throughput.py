@@ -6,12 +6,13 @@ import time
 import torch
 
 
-def measure_matmul_peak(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
+def measure_matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of a square matmul in `dtype`: the median of nine after two warm-ups.
 
     The reference for MFU where no data sheet gives the machine's peak (cluster=local).
     """
-    a = torch.ones(size, size, dtype=dtype, device=device)
+    size = 1024 if device.type == "cpu" else 8192  # large enough to hide a launch
+    a = torch.rand(size, size, device=device).to(dtype)
     seconds = []
     for _ in range(11):
         start = time.perf_counter()

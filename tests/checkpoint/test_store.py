@@ -65,8 +65,17 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     """Catches names sorted as text, or the oldest kept."""
     for step in (9, 10, 100_000_000):
         commit(tmp_path, step, _write(str(step)))
-    prune(tmp_path, 2)
+    prune(tmp_path, 2, step=100_000_000)
     assert [checkpoint_step(d) for d in list_checkpoints(tmp_path)] == [100_000_000, 10]
+
+
+def test_prune_does_not_count_later_damaged_ones(tmp_path: Path) -> None:
+    """Catches a resume from step 9 after 100 was damaged, whose checkpoint 10 is removed
+    because 100 is newer."""
+    for step in (8, 9, 100, 10):
+        commit(tmp_path, step, _write(str(step)))
+    prune(tmp_path, 1, step=10)
+    assert [checkpoint_step(d) for d in list_checkpoints(tmp_path)] == [100, 10]
 
 
 def test_a_step_can_be_written_again(tmp_path: Path) -> None:

@@ -34,17 +34,17 @@ def test_every_dial_keeps_the_shape_of_the_family(dial: int) -> None:
 
 def test_nano_is_what_the_documentation_says() -> None:
     """Catches a silent change of the default run's model."""
-    assert asdict(widths(4)) == {
-        "num_attention_heads": 4,
+    assert asdict(widths(3)) == {
+        "num_attention_heads": 3,
         "num_hidden_layers": 4,
-        "hidden_size": 128,
-        "q_lora_rank": 96,
-        "kv_lora_rank": 32,
-        "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 32,
-        "intermediate_size": 336,
-        "moe_intermediate_size": 112,
+        "hidden_size": 64,
+        "q_lora_rank": 72,
+        "kv_lora_rank": 24,
+        "qk_nope_head_dim": 24,
+        "qk_rope_head_dim": 12,
+        "v_head_dim": 24,
+        "intermediate_size": 192,
+        "moe_intermediate_size": 64,
         "n_routed_experts": 96,
         "num_experts_per_tok": 2,
     }
@@ -60,4 +60,4 @@ def test_a_dial_out_of_range_names_the_nearest(dial: int, nearest: int) -> None:
 def test_widths_set_by_hand_win_over_the_dial() -> None:
     """Catches a resolver that overwrites what the user asked for."""
     model = compose(["model=k2_nano", "model.n_routed_experts=8"]).model
-    assert (model.n_routed_experts, model.hidden_size) == (8, 128)
+    assert (model.n_routed_experts, model.hidden_size) == (8, 64)

@@ -162,7 +162,6 @@ def in_this_process(function):
     return call
 
 
-@pytest.mark.slow
 def test_default_corpus_as_shipped(tmp_path):
     cfg = DataConfig(
         name="default", root=str(tmp_path), recipe="default", tokenizer=TokenizerConfig("bpe")
@@ -176,7 +175,7 @@ def test_default_corpus_as_shipped(tmp_path):
     ]
     assert sum(files["bytes"] for files in kept) >= 20e6
     assert all(files["tokens"] > 50_000 for files in kept)
-    assert prepared.tokenizer.vocab_size == 4096
+    assert prepared.tokenizer.vocab_size == 2048
 
 
 def test_unknown_recipe_and_recipe_with_domains(tmp_path):
@@ -266,7 +265,12 @@ def test_a_script_without_a_main_guard_fails_instead_of_waiting(tmp_path: Path) 
     )
     environment = os.environ | {"KIMI_DATA": str(tmp_path / "data")}
     ended = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, str(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert ended.returncode != 0
     assert "__main__" in ended.stderr

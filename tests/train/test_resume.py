@@ -133,3 +133,24 @@ def test_a_finished_run_started_again_changes_nothing(uninterrupted: dict[str, P
     before = {p: p.read_bytes() for p in run_dir.iterdir() if p.suffix in {".json", ".jsonl"}}
     _finish(_start(run_dir, "precision=fp32"))
     assert {p: p.read_bytes() for p in before} == before
+
+
+def test_two_starts_in_one_directory_are_refused(tmp_path: Path) -> None:
+    """Catches a second launch that cuts the first one's metrics under its open files."""
+    run_dir = tmp_path / "run"
+    first = _start(run_dir, "precision=fp32", "schedule.stages.1.steps=500")
+    _wait_for_rows(run_dir, first, 1)
+    output = _finish(_start(run_dir, "precision=fp32"), code=2)
+    assert "another process is training in it" in output
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=120)
+
+
+def test_a_mixture_shorter_than_the_schedule_is_refused_before_the_first_step(
+    tmp_path: Path,
+) -> None:
+    """Catches a mixture that runs out hours into a run."""
+    mixture = "data.mixture=[{weights: {code: 1.0}, tokens: 2048}]"
+    output = _finish(_start(tmp_path / "run", mixture), code=2)
+    assert "data.mixture" in output
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -13,7 +13,7 @@ from kimi_pretrain.config.schema import TokenizerConfig
 from kimi_pretrain.data.tokenizer_protocol import Tokenizer
 from kimi_pretrain.data.tokenizers.bytes import ByteTokenizer
 
-DEFAULT_VOCABULARY = 4096  # of a BPE trained here
+DEFAULT_VOCABULARY = 2048  # of a BPE trained here
 
 
 def _bpe(path: Path) -> Tokenizer:

@@ -1,0 +1,123 @@
+"""One step: gradients do not depend on the cut into microbatches; a bad step changes nothing."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from kimi_pretrain.config import compose
+from kimi_pretrain.config.schema import Config
+from kimi_pretrain.data.batches import Batch
+from kimi_pretrain.model.build import from_config
+from kimi_pretrain.optim.registry import build_optimizer
+from kimi_pretrain.train.evaluate import evaluate
+from kimi_pretrain.train.generate import generate
+from kimi_pretrain.train.guards import GuardStop
+from kimi_pretrain.train.step import TrainStep
+
+LENGTH = 32
+
+
+def _config(*overrides: str) -> Config:
+    return compose(
+        [
+            "experiment=smoke",
+            "precision=fp64",
+            "run_dir=unused",
+            "model.n_routed_experts=8",
+            *overrides,
+        ]
+    )
+
+
+def _step(config: Config, dtype: torch.dtype = torch.float64) -> TrainStep:
+    model = from_config(config.model, dtype=dtype)
+    return TrainStep(
+        config, model, build_optimizer(config.optimizer, config.model, model.named_parameters())
+    )
+
+
+def _batch(rows: int = 4) -> Batch:
+    rng = np.random.default_rng(0)
+    windows = rng.integers(0, 257, (rows, LENGTH + 1))
+    labels = windows[:, 1:].copy()
+    labels[0, 5:9] = -100  # labels per row differ: a mean of means would not be the mean
+    documents = np.zeros((rows, LENGTH), np.int32)
+    documents[:, LENGTH // 2 :] = 1
+    return Batch(windows[:, :-1].copy(), labels, documents)
+
+
+def test_the_cut_into_microbatches_does_not_matter() -> None:
+    """Catches a loss averaged by microbatch, an auxiliary loss scaled by their number, expert
+    counts or maxima of the last microbatch only, and a denominator by microbatch."""
+    results, steps = [], []
+    for size in (4, 2, 1):
+        step = _step(_config(f"schedule.micro_batch_size={size}", "optimizer.grad_clip=null"))
+        for number in (1, 2):
+            results.append(step.run(number, _batch(), 1e-2))
+        steps.append(step)
+    whole = steps[0]
+    for step, result in zip(steps[1:], (results[3], results[5]), strict=True):
+        assert result.loss == pytest.approx(results[1].loss, rel=1e-12)
+        assert torch.equal(result.record.expert_counts, results[1].record.expert_counts)
+        assert torch.allclose(result.record.max_logits, results[1].record.max_logits, rtol=1e-9)
+        for (name, ours), (_, theirs) in zip(
+            step.model.hf_named_parameters(), whole.model.hf_named_parameters(), strict=True
+        ):
+            scale = float(theirs.abs().max())
+            assert float((ours - theirs).abs().max()) <= 1e-9 * scale, name
+        for (name, ours), (_, theirs) in zip(
+            step.model.hf_named_gradients(), whole.model.hf_named_gradients(), strict=True
+        ):
+            scale = float(theirs.abs().max()) or 1.0
+            assert float((ours - theirs).abs().max()) <= 1e-9 * scale, name
+
+
+def test_a_step_that_is_not_finite_leaves_every_bit_and_names_the_parameter() -> None:
+    """Catches a guard that looks after the update, after the momentum or after the bias."""
+    step = _step(_config(), torch.float32)
+    step.run(1, _batch(), 1e-2)
+    with torch.no_grad():
+        step.model.get_parameter("lm_head.weight")[7, 3] = float("nan")
+    before = {k: v.clone() for k, v in step.model.state_dict().items()}
+    state = [t.clone() for _, _, t in step.optimizer.named_state()]
+    with pytest.raises(GuardStop, match=r"step 2: loss nan.*model\."):
+        step.run(2, _batch(), 1e-2)
+    for key, value in step.model.state_dict().items():
+        assert torch.equal(value.nan_to_num(7.0), before[key].nan_to_num(7.0)), key
+    for now, then in zip((t for _, _, t in step.optimizer.named_state()), state, strict=True):
+        assert torch.equal(now, then)
+    assert step.optimizer.steps == 1
+
+
+def test_held_out_loss_is_the_mean_over_labels_and_bits_count_bytes() -> None:
+    """Catches a mean over batches of unequal size, and bits a token reported as bits a byte."""
+    config = _config()
+    model = from_config(config.model, dtype=torch.float64)
+    whole = _batch(3)
+    parts = [("a", part) for part in whole.split(2)]
+    lengths = np.full(257, 2)
+    once = evaluate(model, [("a", whole)], lengths, tau=None)
+    cut = evaluate(model, parts, lengths, tau=None)
+    tokens, labels = (torch.from_numpy(x) for x in (whole.tokens, whole.labels))
+    ids = torch.from_numpy(whole.document_ids)
+    expected = float(model.loss(tokens, labels, document_ids=ids))
+    assert once.loss == pytest.approx(expected, rel=1e-12)
+    assert cut.loss == pytest.approx(expected, rel=1e-12)
+    assert cut.bits_per_byte == pytest.approx(expected / np.log(2) / 2, rel=1e-12)
+    assert bool(torch.isfinite(cut.max_logits).all())
+
+
+def test_a_sample_uses_only_ids_that_have_text_and_leaves_the_random_state() -> None:
+    """Catches a sample of an id the tokenizer cannot decode, which ended a finished run."""
+    config = _config()
+    model = from_config(replace(config.model, vocab_size=600), dtype=torch.float32)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    ids = generate(model, [1, 2, 3], 40, context=16, vocabulary=10, top_k=40)
+    assert len(ids) == 40
+    assert max(ids) < 10
+    assert torch.equal(torch.rand(1), expected)
+    assert ids == generate(model, [1, 2, 3], 40, context=16, vocabulary=10, top_k=40)
