@@ -34,7 +34,11 @@ def our_step(config: Config) -> Step:
     model = from_config(config.model, dtype=dtype)
     optimizer = build_optimizer(config.optimizer, config.model, model.named_parameters())
     step = TrainStep(config, model, optimizer)
-    return lambda batch: void(step.run(1, batch, config.optimizer.lr))
+
+    def run(batch: Batch) -> None:
+        step.run(1, batch, config.optimizer.lr)
+
+    return run
 
 
 def peer_step(config: Config, experts: str) -> Step:
@@ -59,10 +63,6 @@ def peer_step(config: Config, experts: str) -> Step:
     return run
 
 
-def void(_: object) -> None:
-    """Drop a result."""
-
-
 def seconds(step: Step, batch: Batch) -> float:
     start = time.perf_counter()
     step(batch)
@@ -84,15 +84,18 @@ def measure(precision: str, model: str, steps: int) -> None:
     ours, peer = our_step(config), trials[chosen]
     ours(batches[0])
     ours(batches[1])
-    our_seconds, peer_seconds = [], []
+    our_seconds: list[float] = []
+    peer_seconds: list[float] = []
+    turns = [(ours, our_seconds), (peer, peer_seconds)]
     for batch in batches[2:]:
-        our_seconds.append(seconds(ours, batch))
-        peer_seconds.append(seconds(peer, batch))
+        for step, taken in turns:
+            taken.append(seconds(step, batch))
+        turns.reverse()  # whoever went second goes first
     tokens = size * config.data.sequence_length
     ratio = paired_ratio(peer_seconds, our_seconds)
     print(
         f"{precision} {model} {tokens} tokens a step, microbatches of "
-        f"{config.schedule.micro_batch_size} x {config.data.sequence_length}"
+        f"{config.schedule.micro_batch_size} x {config.data.sequence_length}, no document mask"
     )
     print(f"  ours          {tokens / statistics.median(our_seconds):8.0f} tokens/s")
     print(f"  transformers  {tokens / statistics.median(peer_seconds):8.0f} tokens/s ({chosen})")
