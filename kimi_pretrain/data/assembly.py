@@ -42,19 +42,29 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Consecutive samples, looked up but not read.
+class Documents:
+    """The documents inside n consecutive samples, one after the other.
 
-    Sample i's documents begin at the offsets begins[first_begin[i] : first_begin[i + 1]], the
-    first of them at 0, the last perhaps at S, where only a label stands. Both are None where
-    documents run together.
+    Those of sample i are entries first[i] to first[i + 1]: the number in its sample and the
+    tokens it has there, 0 for one that begins with the sample's last label. `ends` are the
+    places of the last tokens that a document follows, in the flat samples; those of sample i
+    are entries first[i] - i to first[i + 1] - i - 1, one fewer than its documents.
     """
+
+    first: Indices  # [n + 1]
+    number: NDArray[np.int32]  # [documents]
+    length: Indices  # [documents]
+    ends: Indices  # [documents - n]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """n consecutive samples, looked up but not read: the file and the window of each."""
 
     files: Sequence[Windows]
     file: list[int]
     window: list[int]
-    begins: Indices | None  # offsets in [0, S], [k]
-    first_begin: Indices | None  # [n + 1]
+    documents: Documents | None  # None where documents run together
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -63,21 +73,31 @@ class Plan:
 
 def plan(files: Sequence[Windows], file: Indices, window: Indices, document_mask: bool) -> Plan:
     """A plan of n samples: file number and window of each, int64 [n]."""
-    if not document_mask:
-        return Plan(files, file.tolist(), window.tolist(), None, None)
-    samples, offsets = [np.arange(len(file))], [np.zeros(len(file), np.int64)]
+    documents = _documents(files, file, window) if document_mask else None
+    return Plan(files, file.tolist(), window.tolist(), documents)
+
+
+def _documents(files: Sequence[Windows], file: Indices, window: Indices) -> Documents:
+    count, length = len(file), max((windows.length for windows in files), default=0)
+    samples, offsets = [np.arange(count)], [np.zeros(count, np.int64)]
     for number, windows in enumerate(files):
         here = np.flatnonzero(file == number)
         if len(here):
             which, offset = windows.boundaries(window[here])
             samples.append(here[which])
             offsets.append(offset)
-    # In order, and once where an empty document begins beside another.
-    span = max((windows.length for windows in files), default=0) + 1
-    places = np.unique(np.concatenate(samples) * span + np.concatenate(offsets))
-    sample, begins = np.divmod(places, span)
-    first = np.searchsorted(sample, np.arange(len(file) + 1))
-    return Plan(files, file.tolist(), window.tolist(), begins, first)
+    # In order, and once where an empty document begins beside another; offsets reach `length`.
+    sample, offset = np.divmod(
+        np.unique(np.concatenate(samples) * (length + 1) + np.concatenate(offsets)), length + 1
+    )
+    first = np.searchsorted(sample, np.arange(count + 1))
+    place = sample * length + offset
+    return Documents(
+        first,
+        (np.arange(len(sample)) - first[sample]).astype(np.int32),
+        np.diff(place, append=count * length),
+        place[offset > 0] - 1,
+    )
 
 
 def assemble(plan: Plan, first: int, last: int, length: int) -> Batch:
@@ -88,16 +108,10 @@ def assemble(plan: Plan, first: int, last: int, length: int) -> Batch:
     places = zip(plan.file[first:last], plan.window[first:last], tokens, labels, strict=True)
     for number, window, inputs, targets in places:
         copiers[number](window, inputs, targets)
-    if plan.begins is None or plan.first_begin is None:
+    documents = plan.documents
+    if documents is None:
         return Batch(tokens, labels, None)
-    bounds = plan.first_begin[first : last + 1]
-    offsets = plan.begins[bounds[0] : bounds[-1]]
-    documents = np.diff(bounds)  # of each sample
-    row = np.repeat(np.arange(count), documents)
-    number = np.arange(len(offsets)) - np.repeat(bounds[:-1] - bounds[0], documents)
-    later = offsets > 0
-    labels[row[later], offsets[later] - 1] = IGNORED
-    inside = offsets < length
-    lengths = np.diff((row * length + offsets)[inside], append=count * length)
-    ids = np.repeat(number[inside].astype(np.int32), lengths).reshape(count, length)
-    return Batch(tokens, labels, ids)
+    begin, end = int(documents.first[first]), int(documents.first[last])
+    labels.reshape(-1)[documents.ends[begin - first : end - last] - first * length] = IGNORED
+    ids = np.repeat(documents.number[begin:end], documents.length[begin:end])
+    return Batch(tokens, labels, ids.reshape(count, length))

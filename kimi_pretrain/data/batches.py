@@ -33,8 +33,8 @@ __all__ = [
 ]
 
 # Samples looked up at a time by who reads one batch after the other: the cost of a look-up
-# is that of its numpy calls, the same for 8 samples as for hundreds.
-AHEAD = 512
+# is that of its numpy calls, the same for 8 samples as for a thousand.
+AHEAD = 2048
 
 
 class Stream(Protocol):
