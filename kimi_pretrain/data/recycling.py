@@ -7,42 +7,41 @@ still holds it. Here a block returns to its pool when the array and all its view
 tensors included, are gone; until then nobody else gets it.
 """
 
-from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Blocks kept for later of each size: a prefetcher's depth and the batch in use.
+# Blocks kept for later of each kind: a prefetcher's depth and the batch in use.
 KEPT = 4
-# Sizes remembered; a run has a few (batches of training and evaluation, the last one).
-SIZES = 8
+# Kinds (shape and type) remembered; a run has a few: training, evaluation, its last batch.
+KINDS = 8
 
 
 class BlockPool:
     """Gives out arrays, uninitialised like ``np.empty``. Threads may share it."""
 
     def __init__(self) -> None:
-        self._free: dict[int, list[NDArray[np.uint8]]] = {}
+        self._free: dict[tuple[tuple[int, ...], type[np.generic]], list[NDArray[Any]]] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
         """A new array of `shape` and `dtype`."""
-        size = prod(shape) * np.dtype(dtype).itemsize
-        if size not in self._free and len(self._free) == SIZES:
+        kind = shape, dtype
+        if kind not in self._free and len(self._free) == KINDS:
             self._free = {}
-        free = self._free.setdefault(size, [])
+        free = self._free.setdefault(kind, [])
         try:
             block = free.pop()
-        except IndexError:  # another thread may have taken the last one
-            block = np.empty(size, np.uint8)
+        except IndexError:  # none yet, or another thread took the last one
+            block = np.empty(shape, dtype)
         # numpy keeps the lease as the base of the array and of every view of it.
-        return np.asarray(_Lease(block, free)).view(dtype).reshape(shape)
+        return np.asarray(_Lease(block, free))
 
 
 class _Lease:
     """Holds a block while an array refers to it."""
 
-    def __init__(self, block: NDArray[np.uint8], home: list[NDArray[np.uint8]]) -> None:
+    def __init__(self, block: NDArray[Any], home: list[NDArray[Any]]) -> None:
         self._block, self._home = block, home
         self.__array_interface__ = block.__array_interface__
 

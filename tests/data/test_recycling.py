@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from kimi_pretrain.data.recycling import KEPT, SIZES, BlockPool
+from kimi_pretrain.data.recycling import KEPT, KINDS, BlockPool
 
 
 def address(array: np.ndarray) -> int:
@@ -59,7 +59,7 @@ def test_keeps_a_few_blocks_only() -> None:
     assert [len(free) for free in pool._free.values()] == [KEPT]
     for size in range(50):
         pool.empty((size,), np.int64)
-    assert len(pool._free) <= SIZES
+    assert len(pool._free) <= KINDS
 
 
 def test_threads_never_share_a_block() -> None:
