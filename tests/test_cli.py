@@ -234,7 +234,10 @@ def test_the_last_job_of_a_sweep_is_checked_before_the_first_starts(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a typing error found after hours of earlier jobs, and debris of the attempt."""
-    assert main(["train", "-m", "schedule.micro_batch_size=8,16,7"]) == 2
+    assert (
+        main(["train", "-m", "schedule.global_batch_size=16", "schedule.micro_batch_size=8,16,7"])
+        == 2
+    )
     assert "schedule.global_batch_size=21" in capsys.readouterr().err
     assert trained == []
     assert list(tmp_path.iterdir()) == []

@@ -12,10 +12,10 @@ from kimi_pretrain.plan.parameters import count_parameters
 def training_flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     """FLOPs that one token costs in forward and backward, without any recomputation.
 
-    The convention of the published figures: every active parameter counts, norms
-    included, the input embedding does not; K2 at 4,096 tokens gives 205.47e9.
+    Matrices count, norms and the input embedding do not; K2 at 4,096 tokens gives 205.47e9.
     """
-    linear = 6 * count_parameters(model).active_with_head
+    count = count_parameters(model)
+    linear = 6 * (count.active_with_head - count.norms)
     qk_and_v = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
     # scores and values: 2 FLOPs a multiply-add, S/2 keys on average, 3 x for forward and backward
     attention = 3 * model.num_hidden_layers * model.num_attention_heads * qk_and_v * sequence_length

@@ -16,6 +16,7 @@ class ParameterCount:
 
     total: int
     active_without_embedding: int  # per token: attention, router, active experts, norms
+    norms: int  # of these: vectors, which multiply no matrix
     embedding: int
     head: int
     router_bias: int
@@ -49,6 +50,7 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     dense_layers = min(model.first_k_dense_replace, model.num_hidden_layers)
     moe_layers = model.num_hidden_layers - dense_layers
     every_layer = attention_parameters(model) + 2 * hidden  # and its two norms
+    norms = model.num_hidden_layers * (2 * hidden + model.kv_lora_rank + (model.q_lora_rank or 0))
     expert = 3 * hidden * model.moe_intermediate_size
     router = model.n_routed_experts * hidden
     outside_routed = (
@@ -61,6 +63,7 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     return ParameterCount(
         total=outside_routed + moe_layers * model.n_routed_experts * expert + embedding + head,
         active_without_embedding=outside_routed + moe_layers * model.num_experts_per_tok * expert,
+        norms=norms + hidden,
         embedding=embedding,
         head=head,
         router_bias=moe_layers * model.n_routed_experts,

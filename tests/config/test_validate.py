@@ -30,7 +30,7 @@ IN_ONE_GROUP: list[tuple[str, dict[str, Any], str, str]] = [
     ("model", {"initializer_range": -0.1}, "model.initializer_range", "=0"),
     # model: attention
     ("model", {"qk_rope_head_dim": 15}, "model.qk_rope_head_dim", "=16"),
-    ("model", {"v_head_dim": 100}, "model.v_head_dim", "=32"),
+    ("model", {"v_head_dim": 100}, "model.v_head_dim", "=24"),
     ("model", {"rope_theta": 1.0}, "model.rope_theta", "=50000"),
     ("model", {"rope_scaling": RopeScalingConfig("linear", 2)}, "model.rope_scaling.type", "=yarn"),
     ("model", {"rope_scaling": RopeScalingConfig(factor=0.5)}, "model.rope_scaling.factor", "=1"),
@@ -88,7 +88,6 @@ IN_ONE_GROUP: list[tuple[str, dict[str, Any], str, str]] = [
     ("data", {"recipe": "defualt"}, "data.recipe", "=default"),
     ("data", {"recipe": None}, "data.domains", "data=default"),
     ("data", {"domains": {"web": DomainConfig("w")}}, "data.domains", "data=files"),
-    ("data", {"mixture": []}, "data.mixture", "=[{weights: {code: 1.0}}]"),
     # the rest
     ("cluster", {"peak_flops": 0.0}, "cluster.peak_flops", "=989e12"),
     ("logging", {"sinks": ["wandbb"]}, "logging.sinks", "=wandb"),
@@ -134,9 +133,9 @@ DEEPER: dict[str, tuple[Callable[[Config], Config], str, str]] = {
     "shape": (lambda c: _stage(c, shape="cosin"), "schedule.stages.0.shape", "=cosine"),
     "negative end": (lambda c: _stage(c, to=-0.1), "schedule.stages.0.to", "=0"),
     "less than a step": (
-        lambda c: _stage(c, steps=None, tokens=8191),
+        lambda c: _stage(c, steps=None, tokens=4095),
         "schedule.stages.0.tokens",
-        "=8192",
+        "=4096",
     ),
     "unknown domain": (
         lambda c: _mixture(c, {"weights": {"cod": 1.0}}),

@@ -119,10 +119,10 @@ def test_name_follows_everything_that_decides_the_bytes(tmp_path, monkeypatch, b
     monkeypatch.setattr(recipes.platform, "python_version", lambda: "3.99")
     known.append(corpora.directory_name(recipe, TokenizerConfig("bytes"), tmp_path))
     assert len(set(known)) == len(known)
-    same = corpora.directory_name(recipe, TokenizerConfig("bpe", vocab_size=4096), tmp_path)
+    same = corpora.directory_name(recipe, TokenizerConfig("bpe", vocab_size=2048), tmp_path)
     monkeypatch.undo()
     assert (
-        corpora.directory_name(recipe, TokenizerConfig("bpe", vocab_size=4096), tmp_path)
+        corpora.directory_name(recipe, TokenizerConfig("bpe", vocab_size=2048), tmp_path)
         == known[0]
     )
     assert same != known[0]

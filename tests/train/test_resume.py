@@ -138,7 +138,9 @@ def test_a_finished_run_started_again_changes_nothing(uninterrupted: dict[str, P
 def test_two_starts_in_one_directory_are_refused(tmp_path: Path) -> None:
     """Catches a second launch that cuts the first one's metrics under its open files."""
     run_dir = tmp_path / "run"
-    first = _start(run_dir, "precision=fp32", "schedule.stages.1.steps=500")
+    first = _start(
+        run_dir, "precision=fp32", "schedule.stages.1.steps=900", "schedule.max_steps=900"
+    )
     _wait_for_rows(run_dir, first, 1)
     output = _finish(_start(run_dir, "precision=fp32"), code=2)
     assert "another process is training in it" in output
