@@ -17,6 +17,7 @@ from kimi_pretrain.data.indexed import IndexedReader, bin_path
 from kimi_pretrain.data.permutation import Permutation
 
 Indices = NDArray[np.int64]
+Row = NDArray[np.int64]
 
 
 class Windows:
@@ -34,7 +35,7 @@ class Windows:
         self._file = os.open(bin_path(reader.prefix), os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._file)
 
-    def copier(self) -> Callable[[int, NDArray[np.int64], NDArray[np.int64]], None]:
+    def copier(self) -> Callable[[int, Row, Row], None]:
         """A function (window, tokens [length], labels [length]) that writes one window.
 
         It owns a buffer, so each thread takes its own. It raises OSError if the file became
@@ -44,7 +45,7 @@ class Windows:
         file, into, head, tail = self._file, [buffer.data.cast("B")], buffer[:-1], buffer[1:]
         expected, stride = buffer.nbytes, self.length * self.reader.itemsize
 
-        def copy(window: int, tokens: NDArray[np.int64], labels: NDArray[np.int64]) -> None:
+        def copy(window: int, tokens: Row, labels: Row) -> None:
             if os.preadv(file, into, window * stride) != expected:
                 raise OSError(f"{bin_path(self.reader.prefix)} ends inside window {window}")
             tokens[:] = head
