@@ -9,6 +9,7 @@ from one integer and its global batches are the same on every layout.
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -49,8 +50,9 @@ class TrainStream:
     """The samples of a run by number.
 
     Without `data.mixture` each domain is weighted by its size, so that all end an epoch
-    together. Raises ConfigError if a file or the mixture cannot be used. `samples` is the
-    number of samples the mixture allows, None if it is open.
+    together (to 1/65,536 where there are more windows). Raises ConfigError if a file or the
+    mixture cannot be used. `samples` is the number of samples the mixture allows, None if it
+    is open.
     """
 
     def __init__(self, prepared: PreparedData, config: DataConfig, seed: int) -> None:
@@ -67,7 +69,8 @@ class TrainStream:
         self.samples = self.mixture.samples
         # Only to save work: what was looked up last, from its first sample on, and how far
         # was read. One attribute each, so that threads see a whole one.
-        self._known = 0, plan([], np.empty(0, np.int64), np.empty(0, np.int64), False)
+        nothing = np.empty(0, np.int64)
+        self._known = 0, plan([], nothing, nothing, self.document_mask)
         self._read_to = 0
 
     def read(self, first_sample: int, count: int) -> Batch:
@@ -207,10 +210,10 @@ class Prefetcher:
         self.close()
 
 
-def _open(prefixes: Mapping[str, object], length: int) -> dict[str, Windows]:
+def _open(prefixes: Mapping[str, Path], length: int) -> dict[str, Windows]:
     opened = {}
     for name, prefix in prefixes.items():
-        windows = Windows(IndexedReader(str(prefix)), length)
+        windows = Windows(IndexedReader(prefix), length)
         if not windows.count:
             raise ConfigError(
                 f"domain {name}",

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import DataConfig
@@ -103,6 +105,46 @@ def test_one_integer_resumes(prepared: PreparedData) -> None:
 def slice_(batch: Batch, first: int) -> Batch:
     assert batch.document_ids is not None
     return Batch(batch.tokens[first:], batch.labels[first:], batch.document_ids[first:])
+
+
+@settings(
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    parts=st.lists(
+        st.one_of(
+            st.tuples(st.integers(0, 290), st.integers(0, 10)),
+            st.tuples(st.none(), st.integers(1, 20)),  # goes on where the last one ended
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    ahead=st.sampled_from([0, 5, 2048]),
+)
+def test_looking_ahead_changes_nothing(
+    prepared: PreparedData,
+    monkeypatch: pytest.MonkeyPatch,
+    parts: list[tuple[int | None, int]],
+    ahead: int,
+) -> None:
+    """Any order of asking, up to a closed mixture's last sample: catches a stale look-up."""
+    closed = [Stage({"code": 2, "math": 1}, 1000), Stage({"prose": 1, "math": 2}, 1400)]
+    monkeypatch.setattr("kimi_pretrain.data.batches.AHEAD", ahead)
+    stream = TrainStream(prepared, config(mixture=closed), seed=0)
+    whole = TrainStream(prepared, config(mixture=closed), seed=0).read(0, 300)
+    assert stream.samples == 300
+    end = 0
+    for first, count in parts:
+        first = end if first is None else first
+        end = min(first + count, 300)
+        assert whole.document_ids is not None
+        part = slice(first, end)
+        expected = Batch(whole.tokens[part], whole.labels[part], whole.document_ids[part])
+        assert same(stream.read(first, end - first), expected)
+    with pytest.raises(ConfigError, match="end after 300 samples"):
+        stream.read(299, 2)
 
 
 def test_no_window_twice_before_all_once(prepared: PreparedData) -> None:
