@@ -10,22 +10,15 @@ through in chunks that stay in the cache from the gradient to the rounded weight
 """
 
 import math
-from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kimi_pretrain.optim.orthogonalize import (
-    ChunkShape,
-    Table,
-    Workspace,
-    chunk_shape,
-    iteration_dtype,
-)
-from kimi_pretrain.optim.threads import on_every_thread, taken
+from kimi_pretrain.optim.orthogonalize import Table, Workspace, iteration_dtype
 
 
 class Stack(NamedTuple):
@@ -56,28 +49,16 @@ class MuonSettings:
     dtype: torch.dtype | None  # of the Newton-Schulz products; None: `iteration_dtype`
 
 
-class Chunk(NamedTuple):
-    """Equally shaped matrices that go through Newton-Schulz as one batch."""
-
-    pieces: list[Stack]
-    shape: ChunkShape  # of the workspace they need
-
-
 def muon_(stacks: Sequence[Stack], settings: MuonSettings) -> None:
-    """Update all stacks; equally shaped matrices share batched Newton-Schulz products.
-
-    On CPU the threads take chunk after chunk, of whatever shape (see ``optim.threads``).
-    Only a matrix that fills a chunk by itself gets all threads, within each product.
-    """
-    shared: deque[Chunk] = deque()
+    """Update all stacks; equally shaped matrices share batched Newton-Schulz products."""
     for alike in _by_shape(stacks):
-        chunks = _chunks(alike, settings)
-        if chunks[0].shape.is_shared:
-            shared += chunks
-        else:
-            _drain(deque(chunks), settings)
-    if shared:
-        on_every_thread(lambda: _drain(shared, settings))
+        first = alike[0].weight
+        rows, cols = first.shape[1:]
+        count = sum(stack.weight.shape[0] for stack in alike)
+        dtype = settings.dtype or iteration_dtype(first.dtype)
+        workspace = Workspace(rows, cols, count, dtype, first.dtype, first.device)
+        for pieces in _chunks(alike, workspace.capacity):
+            _update(pieces, workspace, settings)
 
 
 def _by_shape(stacks: Sequence[Stack]) -> list[list[Stack]]:
@@ -90,33 +71,22 @@ def _by_shape(stacks: Sequence[Stack]) -> list[list[Stack]]:
     return list(groups.values())
 
 
-def _chunks(stacks: list[Stack], settings: MuonSettings) -> list[Chunk]:
-    """Cut stacks of one shape into chunks, the last one maybe shorter."""
-    weight = stacks[0].weight
-    total = sum(stack.weight.shape[0] for stack in stacks)
-    shape = chunk_shape(weight, total, settings.dtype or iteration_dtype(weight.dtype))
-    chunks: list[Chunk] = []
-    room = 0
+def _chunks(stacks: Sequence[Stack], size: int) -> Iterator[list[Stack]]:
+    """Cut a run of stacks into lists of `size` matrices each, the last one shorter."""
+    pieces: list[Stack] = []
+    room = size
     for stack in stacks:
         first, count = 0, stack.weight.shape[0]
         while first < count:
-            if room == 0:
-                chunks.append(Chunk([], shape))
-                room = shape.count
             last = min(count, first + room)
-            chunks[-1].pieces.append(stack if last - first == count else stack.part(first, last))
+            pieces.append(stack if last - first == count else stack.part(first, last))
             room -= last - first
             first = last
-    return chunks
-
-
-@torch.no_grad()  # in each thread: a new thread starts with gradients on
-def _drain(chunks: deque[Chunk], settings: MuonSettings) -> None:
-    workspaces: dict[ChunkShape, Workspace] = {}
-    for chunk in taken(chunks):
-        if chunk.shape not in workspaces:
-            workspaces[chunk.shape] = Workspace(chunk.shape)
-        _update(chunk.pieces, workspaces[chunk.shape], settings)
+            if room == 0:
+                yield pieces
+                pieces, room = [], size
+    if pieces:
+        yield pieces
 
 
 def _update(pieces: list[Stack], workspace: Workspace, settings: MuonSettings) -> None:

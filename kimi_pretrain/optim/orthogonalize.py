@@ -20,16 +20,13 @@ deepseek_v4   10    [0.9999, 1.0006] [0.9999, 1.0006] DeepSeek-V4: 8 fast steps,
 ============= ===== ================ ================ =======================================
 """
 
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.ops.precision import accumulate_dtype
-from kimi_pretrain.optim.threads import on_every_thread, taken
 
 Table = tuple[tuple[float, float, float], ...]
 
@@ -69,9 +66,9 @@ COEFFICIENTS: dict[str, Table] = {
     "deepseek_v4": (_KELLER,) * 8 + ((2.0, -1.5, 0.5),) * 2,
 }
 
-# Working set of one thread's batched products. Between 1.5 and 6 MiB the speed is flat on Zen 4
-# (1 MiB of L2 a core); a whole model's stack at once is a quarter slower.
-_CPU_CHUNK_BYTES = 3 * 2**20
+# Working set of one batched product a thread. Between 1 and 4 MiB the speed is flat on Zen 4
+# (1 MiB of L2 a core) and Sapphire Rapids (2 MiB); a whole model's stack is a quarter slower.
+_CPU_CHUNK_BYTES = 2 * 2**20
 _ACCELERATOR_CHUNK_BYTES = 512 * 2**20
 
 
@@ -112,9 +109,8 @@ def newton_schulz(
 ) -> Tensor:
     """Orthogonalise every matrix of a stack by itself.
 
-    A matrix's result depends, bit for bit, neither on the stack it came in nor, on CPU, on
-    the number of threads; a matrix too large to share a chunk is the exception to the
-    latter. The scale of a matrix does not matter: norms are taken, and matrices divided by
+    A matrix's result does not depend on the stack it came in (bit for bit with one thread).
+    It is invariant to the scale of the matrix: norms are taken, and matrices divided by
     them, in fp32 (fp64) before anything is rounded to bf16. Zero matrices give zeros.
 
     Args:
@@ -142,64 +138,14 @@ def newton_schulz(
     if stack.numel() == 0:
         return result
     source, target = stack.reshape(-1, rows, cols), result.view(-1, rows, cols)
-    shape = chunk_shape(source, source.shape[0], dtype)
-    chunks = deque(
-        zip(torch.split(source, shape.count), torch.split(target, shape.count), strict=True)
-    )
-
-    @torch.no_grad()
-    def drain() -> None:
-        workspace = Workspace(shape)
-        for part, into in taken(chunks):
-            count = part.shape[0]
-            workspace.exact[:count].copy_(part)
-            into.copy_(workspace.orthogonalize(count, table))
-
-    if shape.is_shared:
-        on_every_thread(drain)
-    else:
-        drain()
-    return result
-
-
-@dataclass(frozen=True)
-class ChunkShape:
-    """How many matrices go through at once, and in what."""
-
-    count: int
-    rows: int
-    cols: int
-    dtype: torch.dtype  # of the products
-    exact_dtype: torch.dtype  # of what comes in, and of its norm
-    device: torch.device
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether each chunk is a thread's own: a large matrix gets all threads instead."""
-        bytes_of_one = _working_set(self.rows, self.cols, self.dtype)
-        return self.device.type == "cpu" and 2 * bytes_of_one <= _CPU_CHUNK_BYTES
-
-
-def chunk_shape(stack: Tensor, total: int, dtype: torch.dtype) -> ChunkShape:
-    """The shape of chunks for `total` matrices like those of `stack` [..., rows, cols].
-
-    On CPU as many as one thread's cache holds, in even chunks, at least one a thread; on an
-    accelerator as many as a fixed amount of memory holds.
-    """
-    rows, cols = stack.shape[-2:]
-    one = _working_set(rows, cols, dtype)
-    if stack.device.type == "cpu":
-        limit = min(max(1, _CPU_CHUNK_BYTES // one), -(-total // torch.get_num_threads()))
-    else:
-        limit = max(1, _ACCELERATOR_CHUNK_BYTES // one)
-    chunks = -(-total // limit)
     exact = torch.promote_types(accumulate_dtype(stack.dtype), accumulate_dtype(dtype))
-    return ChunkShape(-(-total // chunks), rows, cols, dtype, exact, stack.device)
-
-
-def _working_set(rows: int, cols: int, dtype: torch.dtype) -> int:
-    """Bytes of one matrix's two iterates and two Gram matrices."""
-    return 2 * (rows * cols + min(rows, cols) ** 2) * dtype.itemsize
+    count = source.shape[0]
+    workspace = Workspace(rows, cols, count, dtype, exact, stack.device)
+    for first in range(0, count, workspace.capacity):
+        last = min(first + workspace.capacity, count)
+        workspace.exact[: last - first].copy_(source[first:last])
+        target[first:last] = workspace.orthogonalize(last - first, table)
+    return result
 
 
 class Workspace:
@@ -209,19 +155,28 @@ class Workspace:
     the next call: it lies in a buffer.
     """
 
-    def __init__(self, shape: ChunkShape) -> None:
-        """Room for one chunk of `shape`."""
-        self.tall = shape.rows > shape.cols
-        gram = min(shape.rows, shape.cols)
+    def __init__(
+        self,
+        rows: int,
+        cols: int,
+        count: int,
+        dtype: torch.dtype,
+        exact_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Room for at most `count` matrices [rows, cols] iterated on in `dtype`."""
+        self.tall = rows > cols
+        self.capacity = _even_chunk(count, _matrices_per_chunk(rows, cols, dtype, device))
+        gram = min(rows, cols)
 
-        def buffer(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(shape.count, rows, cols, dtype=dtype, device=shape.device)
+        def buffer(height: int, width: int, kind: torch.dtype = dtype) -> Tensor:
+            return torch.empty(self.capacity, height, width, dtype=kind, device=device)
 
-        self.exact = buffer(shape.rows, shape.cols, shape.exact_dtype)  # [count, rows, cols]
-        self._iterate = buffer(shape.rows, shape.cols, shape.dtype)
-        self._next = buffer(shape.rows, shape.cols, shape.dtype)
-        self._gram = buffer(gram, gram, shape.dtype)
-        self._polynomial = buffer(gram, gram, shape.dtype)
+        self.exact = buffer(rows, cols, exact_dtype)  # [capacity, rows, cols] fp32 or fp64
+        self._iterate = buffer(rows, cols)
+        self._next = buffer(rows, cols)
+        self._gram = buffer(gram, gram)
+        self._polynomial = buffer(gram, gram)
 
     def orthogonalize(self, count: int, table: Table) -> Tensor:
         """The orthogonalised ``exact[:count]``, which itself is left normalised.
@@ -246,3 +201,17 @@ class Workspace:
             torch.baddbmm(x, left, right, beta=a, out=spare)
             x, spare = spare, x
         return x
+
+
+def _matrices_per_chunk(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many matrices' iterates (two) and Gram matrices (two) fit the chunk."""
+    one = 2 * (rows * cols + min(rows, cols) ** 2) * dtype.itemsize
+    if device.type == "cpu":
+        return max(1, _CPU_CHUNK_BYTES // one) * torch.get_num_threads()
+    return max(1, _ACCELERATOR_CHUNK_BYTES // one)
+
+
+def _even_chunk(count: int, limit: int) -> int:
+    """The size of `count`'s chunks if they are as few and as equal as `limit` allows."""
+    chunks = -(-count // limit)
+    return -(-count // chunks)
