@@ -1,7 +1,7 @@
 """Reading speed, start-up time and memory against torchdata and mosaicml-streaming.
 
     pip install torchdata mosaicml-streaming
-    python -m benchmarks.data_reading [--samples 32768] [--rounds 7] [--largest 1000000000]
+    python -m benchmarks.data_reading [--part speed|start-up] [--rounds 7] [--largest 1000000000]
 
 Speed: the same random tokens (K2's vocabulary, 4 bytes each) as Megatron files for us and for
 torchdata, as MDS shards for mosaicml-streaming, in the page cache. Each reader has a process
@@ -215,6 +215,7 @@ def print_start_up(largest: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=["speed", "start-up"], help="default: both")
     parser.add_argument("--samples", type=int, default=32_768)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--largest", type=int, default=10**9)
@@ -233,8 +234,10 @@ def main() -> None:
         print_header("data reading", PACKAGES)
     except PackageNotFoundError as missing:
         sys.exit(f"{missing.name} is not installed: pip install torchdata mosaicml-streaming")
-    print_speeds(arguments.samples, arguments.rounds)
-    print_start_up(arguments.largest)
+    if arguments.part != "start-up":
+        print_speeds(arguments.samples, arguments.rounds)
+    if arguments.part != "speed":
+        print_start_up(arguments.largest)
 
 
 if __name__ == "__main__":
