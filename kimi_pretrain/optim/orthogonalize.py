@@ -66,8 +66,8 @@ COEFFICIENTS: dict[str, Table] = {
     "deepseek_v4": (_KELLER,) * 8 + ((2.0, -1.5, 0.5),) * 2,
 }
 
-# Working set of one batched product a thread. Between 1 and 4 MiB the speed is flat on Zen 4
-# (1 MiB of L2 a core) and Sapphire Rapids (2 MiB); a whole model's stack is a quarter slower.
+# Working set of one batched product a thread. Between 2 and 4 MiB the speed is flat on Zen 4
+# (1 MiB of L2 a core); a whole model's stack at once is a quarter slower.
 _CPU_CHUNK_BYTES = 2 * 2**20
 _ACCELERATOR_CHUNK_BYTES = 512 * 2**20
 
