@@ -13,6 +13,8 @@ SINKS = ("jsonl", "wandb", "tensorboard")
 CONSOLES = ("auto", "live", "plain", "off")
 WANDB_MODES = ("offline", "online")
 LAUNCHERS = ("local",)
+DENSE_SHARDINGS = ("auto", "flat", "aligned")
+ROUTER_WEIGHTS = ("after_combine", "before_down")
 
 # recipe -> the domains it builds
 RECIPES: dict[str, tuple[str, ...]] = {

@@ -164,6 +164,12 @@ class ParallelConfig:
     ep: int = 1
     dp: int = 1
     schedule: str = "none"
+    # ZeRO-1 (design 4.5): flat shards of dense matrices, or whole matrices on their owner
+    dense_sharding: str = "auto"  # auto | flat | aligned; auto: aligned where padding <= 1.1
+    bucket_elements: int = 40_000_000  # parameters are reduced in buckets of about this many
+    # where an expert's output gets its router weight: at the token, or before the down-projection
+    router_weights: str = "after_combine"  # after_combine | before_down
+    timeout_seconds: float = 600.0  # the longest a rank waits for another
 
 
 @dataclass

@@ -34,7 +34,8 @@ def validate(config: Config) -> None:
     _schedule(config.schedule)
     _data(config.data)
     _logging(config.logging)
-    _single_process(config)
+    _parallel(config.parallel)
+    _one_of("launcher", config.launcher, names.LAUNCHERS)
     _one_of("precision", config.precision, names.PRECISIONS)
     _at_least("seed", config.seed, 0)
     peak = config.cluster.peak_flops
@@ -257,21 +258,43 @@ def _logging(logging: LoggingConfig) -> None:
     _at_least("logging.layer_interval", logging.layer_interval, 1)
 
 
-def _single_process(config: Config) -> None:
-    """What the design has a place for and this version does not have yet."""
-    one: ParallelConfig = config.parallel
-    for field in ("pp", "vpp", "ep", "dp"):
-        ranks = getattr(one, field)
-        rule = "this version trains in one process"
-        _require(ranks == 1, f"parallel.{field}", ranks, rule, f"parallel.{field}=1")
-    rule = "this version has no pipeline"
-    _require(
-        one.schedule == "none", "parallel.schedule", one.schedule, rule, "parallel.schedule=none"
+def _parallel(parallel: ParallelConfig) -> None:
+    for field in ("pp", "vpp", "ep", "dp", "bucket_elements"):
+        _at_least(f"parallel.{field}", getattr(parallel, field), 1)
+    dp, ep = parallel.dp, parallel.ep
+    rule = f"it counts the replicas of the dense parameters, edp x ep: a multiple of ep={ep}"
+    _require(dp % ep == 0, "parallel.dp", dp, rule, f"parallel.dp={_up(dp, ep)}")
+    _one_of("parallel.dense_sharding", parallel.dense_sharding, names.DENSE_SHARDINGS)
+    _one_of("parallel.router_weights", parallel.router_weights, names.ROUTER_WEIGHTS)
+    _positive("parallel.timeout_seconds", parallel.timeout_seconds, "600")
+
+
+def validate_training(config: Config) -> None:
+    """What a plan may leave open and a training run may not, and what is not trained yet.
+
+    Raises:
+        ConfigError: a batch that does not divide over the replicas, a pipeline, or an
+            activation policy.
+    """
+    parallel, schedule = config.parallel, config.schedule
+    whole = schedule.micro_batch_size * parallel.dp
+    rule = (
+        f"each of parallel.dp={parallel.dp} replicas takes as many whole microbatches of "
+        f"schedule.micro_batch_size={schedule.micro_batch_size} sequences"
     )
+    size = schedule.global_batch_size
+    fix = f"schedule.global_batch_size={_up(size, whole)}"
+    _require(size % whole == 0, "schedule.global_batch_size", size, rule, fix)
+    for field in ("pp", "vpp"):
+        ranks = getattr(parallel, field)
+        rule = "this version trains without a pipeline"
+        _require(ranks == 1, f"parallel.{field}", ranks, rule, f"parallel.{field}=1")
+    order = parallel.schedule
+    rule = "this version has no pipeline"
+    _require(order == "none", "parallel.schedule", order, rule, "parallel.schedule=none")
     policy = config.activation.policy
     rule = "this version keeps every activation"
     _require(policy == "none", "activation.policy", policy, rule, "activation.policy=none")
-    _one_of("launcher", config.launcher, names.LAUNCHERS)
 
 
 # --- between groups -----------------------------------------------------------------------
@@ -290,6 +313,13 @@ def _between_groups(config: Config) -> None:
         rule = f"every id of the tokenizer needs an embedding, and it has {ids}"
         fix = f"model.vocab_size={ids}"
         _require(ids <= model.vocab_size, "model.vocab_size", model.vocab_size, rule, fix)
+
+    parallel = config.parallel
+    experts = model.n_routed_experts
+    rule = f"the {experts} experts divide evenly over the ranks of an expert-parallel group"
+    nearest = max(n for n in range(1, min(parallel.ep, experts) + 1) if experts % n == 0)
+    fix = f"parallel.ep={nearest}"
+    _require(experts % parallel.ep == 0, "parallel.ep", parallel.ep, rule, fix)
 
     step = schedule.global_batch_size * data.sequence_length
     for index, stage in enumerate(schedule.stages):

@@ -34,6 +34,7 @@ from kimi_pretrain.config.composition import (
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.translate import HYDRA_ERRORS, translate
+from kimi_pretrain.config.validate import validate_training
 
 SPIN_COUNT = "10000"
 EXIT_SIGNAL = 75  # docs/exit-codes.md: stopped by a signal after a checkpoint
@@ -96,11 +97,12 @@ def check_jobs(arguments: Namespace, folders: list[Path]) -> None:
     """
     name = arguments.config_name or PRIMARY
     if not arguments.multirun:
-        compose_from(arguments.overrides, name, folders)
+        validate_training(compose_from(arguments.overrides, name, folders))
         return
     seen: set[str] = set()
     for overrides in sweep_jobs(arguments.overrides):
         config = compose_from(overrides, name, folders)
+        validate_training(config)
         if _names_run_dir(overrides):
             if config.run_dir in seen:
                 rule = "each job of a sweep needs a run directory of its own"

@@ -9,7 +9,7 @@ import pytest
 from kimi_pretrain.config import compose
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config, DomainConfig, RopeScalingConfig
-from kimi_pretrain.config.validate import validate, validate_model
+from kimi_pretrain.config.validate import validate, validate_model, validate_training
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +95,20 @@ IN_ONE_GROUP: list[tuple[str, dict[str, Any], str, str]] = [
     ("logging", {"wandb_mode": "onlin"}, "logging.wandb_mode", "=online"),
     ("logging", {"console_interval": 0}, "logging.console_interval", "=1"),
     ("logging", {"layer_interval": 0}, "logging.layer_interval", "=1"),
-    ("parallel", {"pp": 2}, "parallel.pp", "parallel.pp=1"),
     ("parallel", {"dp": 0}, "parallel.dp", "parallel.dp=1"),
+    ("parallel", {"dp": 6, "ep": 4}, "parallel.dp", "parallel.dp=8"),
+    ("parallel", {"dp": 5, "ep": 5}, "parallel.ep", "parallel.ep=4"),
+    ("parallel", {"dense_sharding": "flatt"}, "parallel.dense_sharding", "=flat"),
+    ("parallel", {"router_weights": "before"}, "parallel.router_weights", "=before_down"),
+    ("parallel", {"bucket_elements": 0}, "parallel.bucket_elements", "=1"),
+    ("parallel", {"timeout_seconds": 0.0}, "parallel.timeout_seconds", "=600"),
+]
+
+ONLY_PLANNED: list[tuple[str, dict[str, Any], str, str]] = [
+    ("parallel", {"pp": 2}, "parallel.pp", "parallel.pp=1"),
+    ("parallel", {"vpp": 2}, "parallel.vpp", "parallel.vpp=1"),
     ("parallel", {"schedule": "k2"}, "parallel.schedule", "=none"),
+    ("parallel", {"dp": 3}, "schedule.global_batch_size", "schedule.global_batch_size=24"),
     ("activation", {"policy": "k2"}, "activation.policy", "=none"),
 ]
 
@@ -109,6 +120,16 @@ def test_a_group_that_cannot_run(
     """Catches a combination that would fail later, train wrongly, or divide by zero."""
     bad = replace(good, **{group: replace(getattr(good, group), **change)})
     _refused(bad, what, fix)
+
+
+@pytest.mark.parametrize(("group", "change", "what", "fix"), ONLY_PLANNED)
+def test_what_can_be_planned_but_not_trained(
+    good: Config, group: str, change: dict[str, Any], what: str, fix: str
+) -> None:
+    """Catches a run of what this version does not have, or a batch that ranks cannot share."""
+    bad = replace(good, **{group: replace(getattr(good, group), **change)})
+    validate(bad)
+    _refused(bad, what, fix, validate_training)
 
 
 def _stage(good: Config, **change: Any) -> Config:
@@ -182,9 +203,11 @@ def test_a_stage_a_tokenizer_or_a_pair_of_groups_that_cannot_run(good: Config, c
     _refused(change(good), what, fix)
 
 
-def _refused(bad: Config, what: str, fix: str) -> None:
+def _refused(
+    bad: Config, what: str, fix: str, check: Callable[[Config], None] = validate
+) -> None:
     with pytest.raises(ConfigError) as error:
-        validate(bad)
+        check(bad)
     assert error.value.what == what
     assert fix in error.value.fix
     assert "\n" not in str(error.value)
