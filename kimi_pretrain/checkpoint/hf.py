@@ -73,7 +73,14 @@ def to_hf(model: CausalLM, directory: str | Path, shard_bytes: int = 5_000_000_0
         directory: created if absent. Weights of an earlier export in it are replaced,
             other files (a tokenizer, say) stay.
         shard_bytes: a file grows to at most this size (or one tensor).
+
+    Raises:
+        ConfigError: the model holds a part of the experts only, as on a rank of several.
     """
+    if len(model.experts) != model.config.n_routed_experts:
+        held = f"{model.experts.start} to {model.experts.stop - 1}"
+        rule = f"an export needs all {model.config.n_routed_experts} experts"
+        raise ConfigError("experts of the model", held, rule, "kimi-pretrain ckpt export RUN DIR")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_weights(directory, _targets(model), shard_bytes)

@@ -5,6 +5,7 @@ import torch
 from kimi_pretrain.config.schema import ModelConfig
 from kimi_pretrain.model.causal_lm import CausalLM
 from kimi_pretrain.model.init import initialise
+from kimi_pretrain.parallel.dispatch import Dispatcher
 
 
 def from_config(
@@ -12,6 +13,7 @@ def from_config(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    dispatcher: Dispatcher | None = None,
 ) -> CausalLM:
     """A model with initial weights, which depend on ``seed`` and names only.
 
@@ -21,11 +23,12 @@ def from_config(
             an fp64 model).
         device: ``meta`` builds shapes without memory: K2 in a second.
         seed: of the initial weights.
+        dispatcher: brings tokens to experts on other ranks; by default all are here.
     """
     device = torch.device(device)
     with torch.device("meta"):
-        model = CausalLM(model_cfg, dtype)
+        model = CausalLM(model_cfg, dtype, dispatcher)
     if device.type != "meta":
         model.to_empty(device=device)
-        initialise(model, model_cfg, seed)
+        initialise(model, model_cfg, seed, model.experts.start)
     return model

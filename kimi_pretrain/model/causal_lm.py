@@ -7,16 +7,24 @@ from kimi_pretrain.config.schema import ModelConfig
 from kimi_pretrain.model.chunk import Chunk
 from kimi_pretrain.model.microbatch import Microbatch
 from kimi_pretrain.model.record import StepRecord
-from kimi_pretrain.ops.linear_cross_entropy import linear_cross_entropy
 from kimi_pretrain.ops.precision import accumulate_dtype
-from kimi_pretrain.parallel.dispatch import LocalDispatcher
+from kimi_pretrain.parallel.dispatch import Dispatcher, LocalDispatcher
 
 
 class CausalLM(Chunk):
-    """The chunk that holds every layer, with logits and loss."""
+    """The chunk that holds every layer, with logits and loss.
 
-    def __init__(self, cfg: ModelConfig, dtype: torch.dtype) -> None:
-        super().__init__(cfg, range(cfg.num_hidden_layers), dtype)
+    The dispatcher decides which experts this rank holds and brings tokens to the others'.
+    """
+
+    def __init__(
+        self, cfg: ModelConfig, dtype: torch.dtype, dispatcher: Dispatcher | None = None
+    ) -> None:
+        self.dispatcher: Dispatcher
+        dispatcher = dispatcher or LocalDispatcher()
+        experts = dispatcher.experts(cfg.n_routed_experts)
+        super().__init__(cfg, range(cfg.num_hidden_layers), dtype, experts)
+        self.dispatcher = dispatcher
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [batch, length, vocabulary] of tokens [batch, length], fp32 (fp64 for fp64)."""
@@ -50,9 +58,8 @@ class CausalLM(Chunk):
         hidden = self._hidden(tokens, document_ids, record)
         if record is not None:
             record.tokens += tokens.numel()
-        return linear_cross_entropy(
-            hidden.flatten(0, 1), self.lm_head.weight, labels.flatten(), denominator
-        )
+        loss: Tensor = self.lm_head(hidden.flatten(0, 1), labels.flatten(), denominator)
+        return loss
 
     def _hidden(
         self, tokens: Tensor, document_ids: Tensor | None, record: StepRecord | None
@@ -61,4 +68,4 @@ class CausalLM(Chunk):
         microbatch = Microbatch.build(
             self.config, tokens.shape[1], weight.dtype, weight.device, document_ids, record
         )
-        return self.run(tokens, microbatch, LocalDispatcher())
+        return self.run(tokens, microbatch, self.dispatcher)

@@ -10,7 +10,7 @@ from kimi_pretrain.model.layer import Layer
 from kimi_pretrain.model.microbatch import Microbatch
 from kimi_pretrain.model.names import hf_views
 from kimi_pretrain.model.norm import RMSNorm
-from kimi_pretrain.model.projection import Projection
+from kimi_pretrain.model.projection import Head
 from kimi_pretrain.model.record import StepRecord
 from kimi_pretrain.model.router import update_bias
 from kimi_pretrain.ops.embedding import embedding
@@ -31,11 +31,13 @@ class Embedding(nn.Module):
 class Backbone(nn.Module):
     """``model``: embedding (first chunk), layers by their global index, final norm (last chunk)."""
 
-    def __init__(self, cfg: ModelConfig, layers: range, dtype: torch.dtype) -> None:
+    def __init__(
+        self, cfg: ModelConfig, layers: range, dtype: torch.dtype, experts: range
+    ) -> None:
         super().__init__()
         if layers.start == 0:
             self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, dtype)
-        self.layers = nn.ModuleDict({str(i): Layer(cfg, i, dtype) for i in layers})
+        self.layers = nn.ModuleDict({str(i): Layer(cfg, i, dtype, experts) for i in layers})
         if layers.stop == cfg.num_hidden_layers:
             self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, dtype)
 
@@ -43,15 +45,31 @@ class Backbone(nn.Module):
 class Chunk(nn.Module):
     """Consecutive layers, with the embedding if they are the first, norm and head if the last.
 
-    Names of parameters do not depend on how a model is cut into chunks.
+    Hugging Face names of parameters do not depend on how a model is cut into chunks, or its
+    experts over ranks.
     """
 
-    def __init__(self, cfg: ModelConfig, layers: range, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        layers: range,
+        dtype: torch.dtype,
+        experts: range | None = None,
+    ) -> None:
+        """A chunk.
+
+        Args:
+            cfg: the whole model.
+            layers: the chunk's, by their index in the model.
+            dtype: of parameters.
+            experts: which of every layer's routed experts this rank holds; None: all.
+        """
         super().__init__()
         self.config = cfg
-        self.model = Backbone(cfg, layers, dtype)
+        self.experts = range(cfg.n_routed_experts) if experts is None else experts
+        self.model = Backbone(cfg, layers, dtype, self.experts)
         if layers.stop == cfg.num_hidden_layers:
-            self.lm_head = Projection(cfg.hidden_size, cfg.vocab_size, dtype)
+            self.lm_head = Head(cfg.hidden_size, cfg.vocab_size, dtype)
 
     def run(self, x: Tensor, microbatch: Microbatch, dispatcher: Dispatcher) -> Tensor:
         """Tokens [batch, length] in the first chunk, hidden states after it, to hidden states.
@@ -68,9 +86,9 @@ class Chunk(nn.Module):
         return x
 
     def hf_named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, view of the parameter), experts unstacked."""
+        """(Hugging Face name, view of the parameter), experts unstacked; this rank's only."""
         for name, parameter in self.named_parameters():
-            yield from hf_views(name, parameter.detach())
+            yield from hf_views(name, parameter.detach(), self.experts.start)
 
     def hf_named_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, view of the gradient), experts unstacked.
@@ -83,7 +101,7 @@ class Chunk(nn.Module):
             if gradient is None:
                 gradient = parameter.grad
             if gradient is not None:
-                yield from hf_views(name, gradient)
+                yield from hf_views(name, gradient, self.experts.start)
 
     def hf_named_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, buffer): the routers' selection biases."""

@@ -10,21 +10,24 @@ from kimi_pretrain.model.names import hf_views
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, cfg: ModelConfig, seed: int = 0) -> None:
+def initialise(
+    module: nn.Module, cfg: ModelConfig, seed: int = 0, first_expert: int = 0
+) -> None:
     """Fill every parameter and buffer of ``module`` in place.
 
     Matrices are normal with deviation ``initializer_range``, norms one, the router's bias
     zero. Each Hugging Face matrix has a generator of its own, seeded from (seed, its
     name), so that neither the number of ranks nor which of them holds a matrix changes its
     values. They are drawn in fp32 on the CPU and rounded to the parameter's dtype: a bf16
-    and an fp64 model start from the same draw.
+    and an fp64 model start from the same draw. ``first_expert`` is the index of the first
+    routed expert that the module holds.
     """
     generator = torch.Generator()
     for name, parameter in module.named_parameters():
         if parameter.ndim == 1:
             parameter.fill_(1.0)
             continue
-        for hf_name, view in hf_views(name, parameter):
+        for hf_name, view in hf_views(name, parameter, first_expert):
             generator.manual_seed(seed_of(seed, hf_name))
             _normal_(view, cfg.initializer_range, generator)
     for buffer in module.buffers():

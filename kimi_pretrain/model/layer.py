@@ -17,15 +17,14 @@ from kimi_pretrain.model.microbatch import Microbatch
 from kimi_pretrain.model.mlp import DenseMLP, MoE
 from kimi_pretrain.model.norm import RMSNorm
 from kimi_pretrain.model.router import Router
-from kimi_pretrain.ops.permute import take_rows, weighted_rows
-from kimi_pretrain.parallel.dispatch import Arrived, Dispatcher, DispatchPlan, plan_dispatch
+from kimi_pretrain.parallel.dispatch import Arrived, Dispatcher, DispatchPlan, Route, plan_dispatch
 
 
 @dataclass(frozen=True)
 class Routed:
-    """The routed part of a MoE layer's microbatch, in expert order."""
+    """The routed part of a MoE layer's microbatch, as the dispatcher sends it."""
 
-    rows: Tensor  # [tokens * k, hidden]
+    rows: Tensor  # [tokens * k, hidden] in expert order
     weights: Tensor  # [tokens, k], factors of the experts' outputs
     plan: DispatchPlan
 
@@ -54,12 +53,14 @@ class Processed:
     residual: Tensor  # [batch, length, hidden], dense or shared MLP added
     rows: Tensor | None  # [rows, hidden] the experts' outputs, where the experts are
     routed: Routed | None
+    route: Route | None  # how they came there
 
 
 class Layer(nn.Module):
     """``model.layers.<index>``; dense below ``first_k_dense_replace``, else MoE."""
 
-    def __init__(self, cfg: ModelConfig, index: int, dtype: torch.dtype) -> None:
+    def __init__(self, cfg: ModelConfig, index: int, dtype: torch.dtype, experts: range) -> None:
+        """Layer ``index`` with these of its routed experts."""
         super().__init__()
         self.cfg, self.index = cfg, index
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, dtype)
@@ -69,7 +70,7 @@ class Layer(nn.Module):
         if index < cfg.first_k_dense_replace:
             self.mlp = DenseMLP(cfg.hidden_size, cfg.intermediate_size, dtype)
         else:
-            self.mlp = MoE(cfg, dtype)
+            self.mlp = MoE(cfg, dtype, experts)
 
     @property
     def moe_index(self) -> int:
@@ -83,12 +84,12 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, microbatch: Microbatch, dispatcher: Dispatcher) -> Tensor:
         """The four phases straight through: [batch, length, hidden] to the same shape."""
-        attended = self.attend(x, microbatch)
+        attended = self.attend(x, microbatch, dispatcher)
         dispatched = self.dispatch(attended, dispatcher)
         processed = self.expert(dispatched)
         return self.combine(processed, dispatcher)
 
-    def attend(self, x: Tensor, microbatch: Microbatch) -> Attended:
+    def attend(self, x: Tensor, microbatch: Microbatch, dispatcher: Dispatcher) -> Attended:
         """Attention, residual, the MLP's norm; in a MoE layer also routing and permutation."""
         residual = x + self.self_attn(self.input_layernorm(x), microbatch)
         hidden = self.post_attention_layernorm(residual)
@@ -99,7 +100,7 @@ class Layer(nn.Module):
         plan = plan_dispatch(routing.indices, self.cfg.n_routed_experts)
         if record is not None:
             record.observe_routing(self.moe_index, plan.counts, routing.aux_loss)
-        rows = take_rows(hidden.flatten(0, 1), plan.order, plan.inverse)
+        rows = dispatcher.permute(hidden.flatten(0, 1), plan)
         return Attended(residual, hidden, Routed(rows, routing.weights, plan))
 
     def dispatch(self, attended: Attended, dispatcher: Dispatcher) -> Dispatched:
@@ -107,17 +108,20 @@ class Layer(nn.Module):
         routed = attended.routed
         if routed is None:
             return Dispatched(attended, None)
-        return Dispatched(attended, dispatcher.dispatch(routed.rows, routed.plan))
+        return Dispatched(
+            attended, dispatcher.dispatch(routed.rows, routed.weights, routed.plan)
+        )
 
     def expert(self, dispatched: Dispatched) -> Processed:
         """Routed experts on what arrived; the dense or shared MLP on this rank's tokens."""
         attended = dispatched.attended
         if isinstance(self.mlp, DenseMLP):
-            return Processed(attended.residual + self.mlp(attended.hidden), None, None)
-        assert dispatched.arrived is not None
-        rows = self.mlp.experts(dispatched.arrived)
+            return Processed(attended.residual + self.mlp(attended.hidden), None, None, None)
+        arrived = dispatched.arrived
+        assert arrived is not None
+        rows = self.mlp.experts(arrived)
         shared = self.mlp.shared_experts(attended.hidden)
-        return Processed(attended.residual + shared, rows, attended.routed)
+        return Processed(attended.residual + shared, rows, attended.routed, arrived.route)
 
     def combine(self, processed: Processed, dispatcher: Dispatcher) -> Tensor:
         """Rows back to their tokens (all-to-all), weighted sum, residual."""
@@ -125,6 +129,6 @@ class Layer(nn.Module):
         if routed is None:
             return processed.residual
         assert processed.rows is not None
-        rows = dispatcher.combine(processed.rows, routed.plan)
-        total = weighted_rows(rows, routed.weights, routed.plan.order, routed.plan.inverse)
+        rows = dispatcher.combine(processed.rows, processed.route)
+        total = dispatcher.unpermute(rows, routed.weights, routed.plan)
         return processed.residual + total.view_as(processed.residual)

@@ -2,12 +2,12 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from kimi_pretrain.config.schema import ModelConfig
 from kimi_pretrain.model.projection import Projection
 from kimi_pretrain.model.router import Router
 from kimi_pretrain.ops.grouped import group_layout, grouped_linear, pad_rows, unpad_rows
+from kimi_pretrain.ops.linear import linear
 from kimi_pretrain.ops.swiglu import swiglu
 from kimi_pretrain.parallel.dispatch import Arrived
 
@@ -21,7 +21,7 @@ class DenseMLP(nn.Module):
         self.down_proj = Projection(intermediate, width, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down_proj(swiglu(linear(x, self.gate_up_proj.flatten(0, 1))))
+        result: Tensor = self.down_proj(swiglu(linear(x, self.gate_up_proj)))
         return result
 
 
@@ -34,23 +34,29 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, width, intermediate, dtype=dtype))
 
     def forward(self, arrived: Arrived) -> Tensor:
-        """[rows, hidden] to the same shape, each row by its expert."""
+        """[rows, hidden] to the same shape, each row by its expert.
+
+        Where the rows brought their router weights, the down-projection takes its input
+        times the weight, which is the weight times its output.
+        """
         _, width, intermediate = self.down_proj.shape
         rows = arrived.rows
         layout = group_layout(arrived.sizes, 3 * width * intermediate, rows.dtype, rows.device)
         rows = pad_rows(rows, layout)
-        gate_up = grouped_linear(rows, self.gate_up_proj.flatten(1, 2), layout)
-        return unpad_rows(grouped_linear(swiglu(gate_up), self.down_proj, layout), layout)
+        inner = swiglu(grouped_linear(rows, self.gate_up_proj, layout))
+        if arrived.weights is not None:
+            inner = (inner * pad_rows(arrived.weights[:, None], layout)).to(rows.dtype)
+        return unpad_rows(grouped_linear(inner, self.down_proj, layout), layout)
 
 
 class MoE(nn.Module):
-    """``mlp`` of a MoE layer: router, routed experts, shared experts."""
+    """``mlp`` of a MoE layer: router, this rank's routed experts, shared experts."""
 
-    def __init__(self, cfg: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, cfg: ModelConfig, dtype: torch.dtype, experts: range) -> None:
         super().__init__()
         self.gate = Router(cfg, dtype)
         self.experts = Experts(
-            cfg.n_routed_experts, cfg.hidden_size, cfg.moe_intermediate_size, dtype
+            len(experts), cfg.hidden_size, cfg.moe_intermediate_size, dtype
         )
         self.shared_experts = DenseMLP(
             cfg.hidden_size, cfg.moe_intermediate_size * cfg.n_shared_experts, dtype

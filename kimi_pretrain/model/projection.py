@@ -1,8 +1,10 @@
-"""A weight matrix without bias."""
+"""Weight matrices without bias, the output head among them."""
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+
+from kimi_pretrain.ops.linear import linear
+from kimi_pretrain.ops.linear_cross_entropy import linear_cross_entropy
 
 
 class Projection(nn.Module):
@@ -14,3 +16,14 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
+
+
+class Head(Projection):
+    """``lm_head``: logits, or with labels their loss without ever holding all logits."""
+
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, denominator: int | None = None
+    ) -> Tensor:
+        if labels is None:
+            return super().forward(x)
+        return linear_cross_entropy(x, self.weight, labels, denominator)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kimi_pretrain.config.schema import ModelConfig
+from kimi_pretrain.ops.linear import linear
 from kimi_pretrain.ops.precision import accumulate_dtype
 
 
@@ -49,7 +50,7 @@ class Router(nn.Module):
         cfg = self.cfg
         batch = hidden.shape[0]
         high = accumulate_dtype(hidden.dtype)
-        logits = torch.nn.functional.linear(hidden.to(high), self.weight.to(high))
+        logits = linear(hidden.to(high), self.weight)
         scores = logits.sigmoid()  # [batch, length, experts]
         with torch.no_grad():
             flat = scores.view(-1, cfg.n_routed_experts)  # [tokens, experts]

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kimi_pretrain.ops.main_grad import delivered, main_gradient
 from kimi_pretrain.ops.precision import accumulate_dtype
 
 
@@ -20,14 +21,18 @@ def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens)
-        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+        ctx.save_for_backward(tokens, weight)
         return torch.nn.functional.embedding(tokens, weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        (tokens,) = ctx.saved_tensors
-        high = accumulate_dtype(ctx.dtype)
-        total = torch.zeros(ctx.shape, dtype=high, device=grads[0].device)
-        total.index_add_(0, tokens.reshape(-1), grads[0].reshape(-1, ctx.shape[1]).to(high))
-        return None, total.to(ctx.dtype)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None]:
+        tokens, weight = ctx.saved_tensors
+        high = accumulate_dtype(weight.dtype)
+        main = main_gradient(weight)
+        total = torch.zeros_like(weight, dtype=high) if main is None else main
+        rows = grads[0].reshape(-1, weight.shape[1]).to(high)
+        total.index_add_(0, tokens.reshape(-1), rows)
+        if main is None:
+            return None, total.to(weight.dtype)
+        delivered(weight)
+        return None, None

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kimi_pretrain.ops.main_grad import deliver, delivered, main_gradient
+
 # What a call costs beside its arithmetic, as arithmetic a core does in that time.
 _CALL_FLOPS = {torch.bfloat16: 4e6, torch.float32: 1e6, torch.float64: 5e5}
 _LONGEST_RUN = 16
@@ -86,7 +88,7 @@ def grouped_linear(x: Tensor, weight: Tensor, layout: GroupLayout) -> Tensor:
 
     Args:
         x: [rows with padding, width_in], from ``pad_rows``.
-        weight: [groups, width_out, width_in].
+        weight: [groups, ..., width_in], each group's flattened to [width_out, width_in].
         layout: of the rows.
 
     Returns:
@@ -102,8 +104,9 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, layout: GroupLayout) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.layout = layout
-        result = x.new_empty(x.shape[0], weight.shape[1])
-        transposed = weight.transpose(1, 2)
+        matrices = weight.flatten(1, -2)  # [groups, width_out, width_in]
+        result = x.new_empty(x.shape[0], matrices.shape[1])
+        transposed = matrices.transpose(1, 2)
         for run, rows, out in _runs(layout, x, result):
             torch.bmm(rows, transposed[run.first : run.last], out=out)
         return result
@@ -114,17 +117,31 @@ class _GroupedLinear(torch.autograd.Function):
         grad = grads[0].contiguous()
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
+            matrices = weight.flatten(1, -2)
             grad_x = torch.empty_like(x)
             for run, g, out in _runs(ctx.layout, grad, grad_x):
-                torch.bmm(g, weight[run.first : run.last], out=out)
+                torch.bmm(g, matrices[run.first : run.last], out=out)
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.empty_like(weight)
-            for run in ctx.layout.runs:
-                if not run.rows:
-                    grad_weight[run.first : run.last] = 0.0
-            for run, g, rows in _runs(ctx.layout, grad, x):
-                torch.bmm(g.transpose(1, 2), rows, out=grad_weight[run.first : run.last])
+            grad_weight = _weight_gradient(weight, grad, x, ctx.layout)
         return grad_x, grad_weight, None
+
+
+def _weight_gradient(weight: Tensor, grad: Tensor, x: Tensor, layout: GroupLayout) -> Tensor | None:
+    main = main_gradient(weight)
+    if main is not None and main.dtype == grad.dtype:
+        total = main.flatten(1, -2)
+        for run, g, rows in _runs(layout, grad, x):
+            total[run.first : run.last].baddbmm_(g.transpose(1, 2), rows)
+        delivered(weight)
+        return None
+    gradient = torch.empty_like(weight)
+    matrices = gradient.flatten(1, -2)  # [groups, width_out, width_in]
+    for run in layout.runs:
+        if not run.rows:
+            matrices[run.first : run.last] = 0.0
+    for run, g, rows in _runs(layout, grad, x):
+        torch.bmm(g.transpose(1, 2), rows, out=matrices[run.first : run.last])
+    return deliver(weight, gradient)
 
 
 class _Pad(torch.autograd.Function):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kimi_pretrain.ops.main_grad import deliver
 from kimi_pretrain.ops.precision import accumulate_dtype
 
 IGNORED = -100  # a label that takes no part in the loss
@@ -86,13 +87,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             run, step = _cut_vocabulary, max(1, tile_elements // tokens)
         losses, gradients = run(problem, step, differentiable)
         if gradients is not None:
-            ctx.save_for_backward(*gradients)
+            ctx.save_for_backward(weight, *gradients)
         return torch.dot(losses, problem.valid) * problem.scale
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grads[0], grad_weight * grads[0], None, None, None, None
+        weight, grad_hidden, grad_weight = ctx.saved_tensors
+        grad = deliver(weight, grad_weight * grads[0])
+        return grad_hidden * grads[0], grad, None, None, None, None
 
 
 @dataclass(frozen=True)

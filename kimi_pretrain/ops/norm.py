@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kimi_pretrain.ops.main_grad import deliver
 from kimi_pretrain.ops.precision import accumulate_dtype
 
 
@@ -34,7 +35,7 @@ class _RMSNorm(torch.autograd.Function):
         return torch.mul(rows, scale).mul_(weight.to(high)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         # With n = x * scale and y = w * n:  dw = sum(dy * n),
         # dx = scale * (dy * w - n * mean(dy * w * n)).
         x, weight, scale = ctx.saved_tensors
@@ -48,4 +49,4 @@ class _RMSNorm(torch.autograd.Function):
         grad_weight = product.view(-1, width).sum(0)
         normal.mul_(dot.div_(-width))
         normal.addcmul_(grad, weight_high).mul_(scale)
-        return normal.to(x.dtype), grad_weight.to(weight.dtype), None
+        return normal.to(x.dtype), deliver(weight, grad_weight), None

@@ -1,9 +1,11 @@
-"""Between token order and expert order: take rows out, bring weighted rows back."""
+"""Between token order and expert order: take rows out, bring (weighted) rows back."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kimi_pretrain.ops.precision import accumulate_dtype
 
 
 def take_rows(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -37,6 +39,25 @@ def weighted_rows(rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor)
     return _WeightedRows.apply(rows, weights, order, inverse)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def summed_rows(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """``sum_j rows[inverse[t, j]]`` for every token t: rows that carry their weights already.
+
+    Args:
+        rows: [tokens * k, width] in expert order.
+        order: as in ``take_rows``.
+        inverse: as in ``take_rows``.
+
+    Returns:
+        [tokens, width] in the dtype of rows, summed in fp32 (fp64).
+    """
+    return _SummedRows.apply(rows, order, inverse)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def reorder_rows(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """``x[order]`` for a permutation ``order`` [rows] and its inverse."""
+    return _ReorderRows.apply(x, order, inverse)  # type: ignore[no-any-return, no-untyped-call]
+
+
 class _TakeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -46,11 +67,41 @@ class _TakeRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
-        grad = grads[0]
-        total = grad.index_select(0, inverse[:, 0])
-        for column in inverse.unbind(1)[1:]:
-            total += grad.index_select(0, column)
-        return total, None, None
+        return _sum_of_slots(grads[0], inverse), None, None
+
+
+class _SummedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.slots = inverse.shape[1]
+        high = accumulate_dtype(rows.dtype)
+        return _sum_of_slots(rows, inverse, high).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        return grads[0].index_select(0, order // ctx.slots), None, None
+
+
+class _ReorderRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grads[0].index_select(0, inverse), None, None
+
+
+def _sum_of_slots(rows: Tensor, inverse: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[tokens * k, width] to [tokens, width], a token's slots added in a fixed order."""
+    total = rows.index_select(0, inverse[:, 0]).to(dtype or rows.dtype)
+    for column in inverse.unbind(1)[1:]:
+        total += rows.index_select(0, column)
+    return total
 
 
 class _WeightedRows(torch.autograd.Function):

@@ -59,7 +59,7 @@ def test_phases_between_detached_tensors_equal_the_plain_layer(
     boundaries: list[list[tuple[Tensor, Tensor]]] = []
     value: Any = start
     for phase in (
-        lambda v: layer.attend(v, shared),
+        lambda v: layer.attend(v, shared, dispatcher),
         lambda v: layer.dispatch(v, dispatcher),
         layer.expert,
         lambda v: layer.combine(v, dispatcher),

@@ -1,8 +1,10 @@
-"""Sorting slots by expert, and the one-rank dispatcher."""
+"""Sorting slots by expert, the one-rank dispatcher, and the order of what arrives."""
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kimi_pretrain.parallel.dispatch import LocalDispatcher, plan_dispatch
+from kimi_pretrain.parallel.dispatch import LocalDispatcher, expert_order, plan_dispatch
 
 
 def test_plan_sorts_slots_by_expert_and_back() -> None:
@@ -16,8 +18,43 @@ def test_plan_sorts_slots_by_expert_and_back() -> None:
 
 def test_one_rank_keeps_rows_where_they_are() -> None:
     plan = plan_dispatch(torch.tensor([[1], [0], [1]]), experts=3)
-    rows = torch.randn(3, 4)
-    arrived = LocalDispatcher().dispatch(rows, plan)
+    rows, weights = torch.randn(3, 4), torch.rand(3, 1)
+    arrived = LocalDispatcher().dispatch(rows, weights, plan)
     assert arrived.rows is rows
     assert list(arrived.sizes) == [1, 2, 0]
-    assert LocalDispatcher().combine(rows, plan) is rows
+    assert arrived.weights is None
+    assert LocalDispatcher().combine(rows, arrived.route) is rows
+
+
+def test_weights_at_experts_are_in_the_rows_order() -> None:
+    """Catches weights of token order beside rows of expert order."""
+    plan = plan_dispatch(torch.tensor([[1, 0], [0, 2]]), experts=3)
+    weights = torch.tensor([[0.1, 0.2], [0.3, 0.4]])
+    local = LocalDispatcher(weights_at_experts=True)
+    hidden = torch.randn(2, 4)
+    arrived = local.dispatch(local.permute(hidden, plan), weights, plan)
+    assert arrived.weights is not None
+    assert torch.equal(arrived.weights, torch.tensor([0.2, 0.3, 0.1, 0.4]))
+    total = local.unpermute(arrived.rows * arrived.weights[:, None], weights, plan)
+    torch.testing.assert_close(total, hidden * weights.sum(1, keepdim=True))
+
+
+@given(
+    st.integers(1, 5).flatmap(
+        lambda n: st.lists(
+            st.lists(st.integers(0, 4), min_size=n, max_size=n), min_size=1, max_size=5
+        )
+    )
+)
+def test_arrived_rows_are_sorted_by_expert_then_by_sender(counts: list[list[int]]) -> None:
+    """Catches an order that mixes senders, or one that fails on empty experts and ranks."""
+    arriving = torch.tensor(counts)  # [ranks, experts]
+    ranks, experts = arriving.shape
+    labels = [
+        (expert, rank, i)
+        for rank in range(ranks)
+        for expert in range(experts)
+        for i in range(counts[rank][expert])
+    ]
+    order = expert_order(arriving).tolist()
+    assert [labels[i] for i in order] == sorted(labels)

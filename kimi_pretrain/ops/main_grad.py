@@ -1,0 +1,55 @@
+"""Where a weight's gradient goes: to autograd, or straight into the weight's main gradient.
+
+A parameter of a training run carries ``main_grad``, a view of its shape into a flat fp32
+(fp64) buffer. The operation that computes a weight's gradient adds it there itself, at the
+precision it was summed in, and tells autograd that there is none: nothing narrow is ever
+kept, and a rank knows that a gradient is complete the moment it is. Without ``main_grad``
+the gradient is autograd's, as in any torch module.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def main_gradient(weight: Tensor) -> Tensor | None:
+    """The weight's main gradient, or None where autograd is to have the gradient."""
+    gradient: Tensor | None = getattr(weight, "main_grad", None)
+    return gradient
+
+
+def delivered(weight: Tensor) -> None:
+    """Tell whoever waits for it that this microbatch's gradient of ``weight`` is added."""
+    ready: Any = getattr(weight, "main_grad_ready", None)
+    if ready is not None:
+        ready()
+
+
+def deliver(weight: Tensor, gradient: Tensor) -> Tensor | None:
+    """Add ``gradient`` (of the weight's shape, any dtype) to ``main_grad`` and return None.
+
+    Without ``main_grad``, the gradient in the weight's dtype, for autograd.
+    """
+    main = main_gradient(weight)
+    if main is None:
+        return gradient.to(weight.dtype)
+    main.add_(gradient.view_as(main))
+    delivered(weight)
+    return None
+
+
+def deliver_product(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
+    """``deliver(weight, grad.T @ x)``; equal dtypes are summed without a copy in between.
+
+    Args:
+        weight: [..., width_in], flattened to [width_out, width_in].
+        grad: [rows, width_out].
+        x: [rows, width_in].
+    """
+    main = main_gradient(weight)
+    if main is not None and main.dtype == grad.dtype == x.dtype:
+        main.view(-1, x.shape[1]).addmm_(grad.t(), x)
+        delivered(weight)
+        return None
+    return deliver(weight, torch.mm(grad.t(), x).view(weight.shape))
