@@ -1,8 +1,9 @@
-"""Model and optimizer as named tensors, and back.
+"""Model and optimizer as named tensors, and back, at any number of ranks on either side.
 
 Every tensor goes by its global (Hugging Face) parameter name whatever the layout in
 memory: a stack of experts is written as its matrices. Weights are the optimizer's masters
-(fp32, or fp64), from which narrower parameters follow exactly.
+(fp32, or fp64), from which narrower parameters follow exactly. Every rank writes the pieces
+that it owns and reads the ranges that it needs.
 """
 
 import json
@@ -10,103 +11,138 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from numpy.typing import NDArray
 from torch import Tensor
 
+from kimi_pretrain.checkpoint.part_files import PartFiles, Shape, file_name, key_of, write_tensors
+from kimi_pretrain.checkpoint.pieces import PiecewiseState, piecewise
 from kimi_pretrain.checkpoint.store import CheckpointError
-from kimi_pretrain.model.causal_lm import CausalLM
-from kimi_pretrain.model.names import hf_views
+from kimi_pretrain.model.chunk import Chunk
 from kimi_pretrain.optim.muon import MuonClip
 
-WEIGHTS = "weights.safetensors"
-OPTIMIZER = "optimizer.safetensors"
+WEIGHTS = "weights"
+OPTIMIZER = "optimizer"
 STATE = "state.json"
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy in host memory of all that a resume needs, detached from the live run."""
+    """A copy in host memory of what a rank writes, detached from the live run.
 
-    weights: dict[str, np.ndarray]
-    optimizer: dict[str, np.ndarray]
-    state: dict[str, Any]
+    `weights` and `optimizer` are by key: a whole tensor in its shape, a part as a vector.
+    """
 
-
-def snapshot(model: CausalLM, optimizer: MuonClip, state: dict[str, Any]) -> Snapshot:
-    """Copy weights, optimizer state and `state` (plain JSON) as they are now."""
-    weights = {
-        name: _copy(tensor)
-        for internal, tensor in _masters(model, optimizer).items()
-        for name, tensor in hf_views(internal, tensor)
-    }
-    weights |= {name: _copy(buffer) for name, buffer in model.hf_named_buffers()}
-    moments = {
-        f"{kind}/{name}": _copy(view)
-        for internal, kind, tensor in optimizer.named_state()
-        if kind != "master"
-        for name, view in hf_views(internal, tensor)
-    }
-    counts = {"steps": optimizer.steps, "last_clipped_step": optimizer.last_clipped_step}
-    return Snapshot(weights, moments, {**state, "optimizer": counts})
+    weights: dict[str, NDArray[Any]]
+    optimizer: dict[str, NDArray[Any]]
+    shapes: dict[str, dict[str, Shape]]  # stem -> name -> shape, of tensors held in part
+    state: dict[str, Any]  # written by rank 0
+    rank: int = 0
+    world: int = 1
 
 
-def write(directory: Path, snapshot: Snapshot) -> None:
-    """Write the files of one checkpoint into `directory`."""
-    save_file(snapshot.weights, directory / WEIGHTS)
-    save_file(snapshot.optimizer, directory / OPTIMIZER)
-    (directory / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n")
+def snapshot(
+    model: Chunk,
+    optimizer: MuonClip | PiecewiseState,
+    state: dict[str, Any],
+    rank: int = 0,
+    world: int = 1,
+) -> Snapshot:
+    """Copy this rank's share of weights and optimizer state, and `state` (plain JSON), as now.
+
+    The model's buffers are the same on every rank; rank 0 has them in its share.
+    """
+    held = piecewise(model, optimizer)
+    tensors: dict[str, dict[str, NDArray[Any]]] = {WEIGHTS: {}, OPTIMIZER: {}}
+    shapes: dict[str, dict[str, Shape]] = {WEIGHTS: {}, OPTIMIZER: {}}
+    for kind, name, shape, start, values in held.pieces():
+        if values.numel() == 0:
+            continue
+        stem, stored = _place(kind, name)
+        key = key_of(stored, shape, start, values.numel())
+        if key in tensors[stem]:
+            raise ValueError(f"rank {rank} holds {key} of {stem} twice")
+        whole = key == stored
+        tensors[stem][key] = _copy(values).reshape(shape if whole else (-1,))
+        if not whole:
+            shapes[stem][stored] = shape
+    if rank == 0:
+        buffers = model.hf_named_buffers()
+        tensors[WEIGHTS] |= {name: _copy(buffer) for name, buffer in buffers}
+    counts = {"steps": held.steps, "last_clipped_step": held.last_clipped_step}
+    full_state = {**state, "optimizer": counts}
+    return Snapshot(tensors[WEIGHTS], tensors[OPTIMIZER], shapes, full_state, rank, world)
 
 
-def restore(directory: Path, model: CausalLM, optimizer: MuonClip) -> dict[str, Any]:
+def write(directory: Path, snapshot: Snapshot) -> list[str]:
+    """Write a rank's files of one checkpoint into `directory`; returns their names."""
+    names = []
+    for stem, tensors in ((WEIGHTS, snapshot.weights), (OPTIMIZER, snapshot.optimizer)):
+        names.append(file_name(stem, snapshot.rank, snapshot.world))
+        write_tensors(directory / names[-1], tensors, snapshot.shapes[stem])
+    if snapshot.rank == 0:
+        (directory / STATE).write_text(json.dumps(snapshot.state, indent=1) + "\n")
+        names.append(STATE)
+    return names
+
+
+def restore(directory: Path, model: Chunk, optimizer: MuonClip | PiecewiseState) -> dict[str, Any]:
     """Load a verified checkpoint in place and return its state; bitwise what was saved.
 
-    Raises CheckpointError when a tensor is missing or has another shape.
+    Every rank calls it, since it ends in a collective (`publish`). Where one rank's failure
+    should be agreed on first, call `load`, agree, then `optimizer.publish()`.
+
+    Raises:
+        CheckpointError: as `load`.
     """
-    state: dict[str, Any] = json.loads((directory / STATE).read_text())
-    optimizer.steps = state["optimizer"]["steps"]
-    optimizer.last_clipped_step = state["optimizer"]["last_clipped_step"]
-    masters = _masters(model, optimizer)
-    with safe_open(directory / WEIGHTS, framework="pt") as file, torch.no_grad():
-        names = set(file.keys())
-        for internal, master in masters.items():
-            for name, view in hf_views(internal, master):
-                _fill(view, name, file, names, directory / WEIGHTS)
-        for name, buffer in model.hf_named_buffers():
-            _fill(buffer, name, file, names, directory / WEIGHTS)
-        for internal, parameter in model.named_parameters():
-            if masters[internal] is not parameter:
-                parameter.copy_(masters[internal])
-    with safe_open(directory / OPTIMIZER, framework="pt") as file, torch.no_grad():
-        names = set(file.keys())
-        for internal, kind, tensor in optimizer.named_state():
-            if kind == "master":
-                continue
-            for name, view in hf_views(internal, tensor):
-                _fill(view, f"{kind}/{name}", file, names, directory / OPTIMIZER)
+    state = load(directory, model, optimizer)
+    piecewise(model, optimizer).publish()
     return state
 
 
-def _masters(model: CausalLM, optimizer: MuonClip) -> dict[str, Tensor]:
-    """The full-precision weight of every parameter: its master, or itself without one."""
-    masters: dict[str, Tensor] = dict(model.named_parameters())
-    masters |= {name: t for name, kind, t in optimizer.named_state() if kind == "master"}
-    return masters
+def load(directory: Path, model: Chunk, optimizer: MuonClip | PiecewiseState) -> dict[str, Any]:
+    """`restore` without its collective: parameters do not follow their masters yet.
+
+    Raises:
+        CheckpointError: a file or tensor is missing, a tensor has another shape, or the
+            files do not hold each of its elements exactly once; names file, tensor, numbers.
+    """
+    state = read_state(directory)
+    held = piecewise(model, optimizer)
+    with (
+        torch.no_grad(),
+        PartFiles(directory, WEIGHTS) as weights,
+        PartFiles(directory, OPTIMIZER) as moments,
+    ):
+        files = {WEIGHTS: weights, OPTIMIZER: moments}
+        for kind, name, shape, start, values in held.pieces():
+            stem, stored = _place(kind, name)
+            files[stem].fill(stored, shape, start, values)
+        for name, buffer in model.hf_named_buffers():
+            weights.fill(name, tuple(buffer.shape), 0, buffer.view(-1))
+    held.steps = state["optimizer"]["steps"]
+    held.last_clipped_step = state["optimizer"]["last_clipped_step"]
+    return state
 
 
-def _copy(tensor: Tensor) -> np.ndarray:
-    copied: np.ndarray = tensor.detach().cpu().numpy().copy()
+def read_state(directory: Path) -> dict[str, Any]:
+    """The JSON that `snapshot` was given, with the optimizer's counters.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        state: dict[str, Any] = json.loads((directory / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory / STATE}: not readable ({error})") from error
+    return state
+
+
+def _place(kind: str, name: str) -> tuple[str, str]:
+    """The stem of the files, and the name in them, of a piece."""
+    return (WEIGHTS, name) if kind == "master" else (OPTIMIZER, f"{kind}/{name}")
+
+
+def _copy(tensor: Tensor) -> NDArray[Any]:
+    copied: NDArray[Any] = tensor.detach().to("cpu", copy=True).numpy()
     return copied
-
-
-def _fill(view: Tensor, name: str, file: Any, names: set[str], path: Path) -> None:
-    if name not in names:
-        raise CheckpointError(f"{path}: holds no {name}, which this model needs")
-    loaded = file.get_tensor(name)
-    if loaded.shape != view.shape:
-        raise CheckpointError(
-            f"{path}: {name} is {list(loaded.shape)}, this model needs {list(view.shape)}"
-        )
-    view.copy_(loaded)

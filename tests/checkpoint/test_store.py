@@ -1,13 +1,14 @@
 """Atomic commit, verification and retention of checkpoint directories."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from kimi_pretrain.checkpoint.commit import commit
 from kimi_pretrain.checkpoint.store import (
     CheckpointError,
     checkpoint_step,
-    commit,
     latest_verified,
     list_checkpoints,
     prune,
@@ -16,8 +17,12 @@ from kimi_pretrain.checkpoint.store import (
 )
 
 
-def _write(text: str):  # type: ignore[no-untyped-def]
-    return lambda directory: (directory / "state.json").write_text(text)
+def _write(text: str) -> Callable[[Path], list[str]]:
+    def write(directory: Path) -> list[str]:
+        (directory / "state.json").write_text(text)
+        return ["state.json"]
+
+    return write
 
 
 def test_newest_whole_checkpoint_wins(tmp_path: Path) -> None:
@@ -50,7 +55,7 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
 def test_a_writer_that_dies_leaves_nothing_to_trust(tmp_path: Path) -> None:
     """Catches a checkpoint that becomes visible before it is whole."""
 
-    def die(directory: Path) -> None:
+    def die(directory: Path) -> list[str]:
         (directory / "state.json").write_text("half")
         raise OSError("disk full")
 
