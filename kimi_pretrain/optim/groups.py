@@ -1,6 +1,5 @@
-"""Parameter groups: who is updated by Muon, and which settings make sense."""
+"""Parameter groups: which parameters and settings make sense."""
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,10 +7,9 @@ from torch import Tensor
 
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.optim.orthogonalize import coefficient_table
+from kimi_pretrain.optim.who import uses_muon as uses_muon
 
 Group = dict[str, Any]
-
-_NEVER_MUON = re.compile(r"(?:^|\.)(?:embed_tokens|lm_head)(?:\.|$)")
 
 # key -> (lowest value, value it stays below, a sound one)
 _RANGES = {
@@ -21,15 +19,6 @@ _RANGES = {
     "eps": (0.0, float("inf"), 1e-8),
     "update_rms": (0.0, float("inf"), 0.2),
 }
-
-
-def uses_muon(name: str, ndim: int) -> bool:
-    """Whether Muon (else AdamW) updates a parameter of this name and number of dimensions.
-
-    Muon takes matrices and stacks of them, router weights too; AdamW takes the embedding,
-    the head and everything one-dimensional (arXiv 2502.16982, section 2.2).
-    """
-    return ndim >= 2 and _NEVER_MUON.search(name) is None
 
 
 def require_named(entries: Any, taken: Iterable[str]) -> list[tuple[str, Tensor]]:
