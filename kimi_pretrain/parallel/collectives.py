@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kimi_pretrain.parallel.errors import PeerError
+from kimi_pretrain.parallel.errors import PeerError, first_line
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -67,7 +67,7 @@ class Handle:
             try:
                 work.wait(timedelta(seconds=self._deadline))
             except RuntimeError as error:
-                raise PeerError(f"{self._what}: {_first_line(error)}") from error
+                raise PeerError(f"{self._what}: {first_line(error)}") from error
         finish, self._finish = self._finish, None
         if finish is not None:
             finish()
@@ -162,13 +162,11 @@ class Group:
             parts = arrived.view(self.size, -1)  # [ranks, n]
             output.copy_(parts[0])
             for part in parts[1:]:
-                output += part
+                output.add_(part)
 
         return self._start(
             "reduce_scatter",
-            lambda: dist.all_to_all_single(
-                arrived, input, group=self.process_group, async_op=True
-            ),
+            lambda: dist.all_to_all_single(arrived, input, group=self.process_group, async_op=True),
             add,
         )
 
@@ -243,9 +241,7 @@ class Group:
         self.traffic.count("all_reduce", 2 * tensor.nbytes * (self.size - 1) // self.size)
         return self._start(
             "all_reduce",
-            lambda: dist.all_reduce(
-                tensor, op=operation, group=self.process_group, async_op=True
-            ),
+            lambda: dist.all_reduce(tensor, op=operation, group=self.process_group, async_op=True),
         )
 
     def _start(
@@ -255,7 +251,7 @@ class Group:
         try:
             work = call()
         except RuntimeError as error:  # torch.distributed.DistError is one
-            raise PeerError(f"{what}: {_first_line(error)}") from error
+            raise PeerError(f"{what}: {first_line(error)}") from error
         return Handle(work, what, self.deadline, finish)
 
 
@@ -273,7 +269,3 @@ def _listed(ranks: Sequence[int]) -> str:
     if len(ranks) <= 8:
         return ", ".join(map(str, ranks))
     return f"{ranks[0]}, {ranks[1]}, ..., {ranks[-1]}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,156 @@
+"""The ranks of a run as one of them sees them: its place, its device and its groups."""
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+
+from kimi_pretrain import __version__
+from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.config.schema import ParallelConfig
+from kimi_pretrain.parallel.collectives import Group
+from kimi_pretrain.parallel.errors import PeerError, first_line, named
+from kimi_pretrain.parallel.rendezvous import Place, meet
+from kimi_pretrain.parallel.topology import Topology
+
+
+@dataclass
+class World:
+    """One rank's view; groups of one rank have no process group behind them."""
+
+    topology: Topology
+    rank: int
+    device: torch.device
+    ep: Group
+    pp: Group
+    edp: Group
+    dp: Group
+    everyone: Group
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.topology.world
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, the one that prints and writes what exists once."""
+        return self.rank == 0
+
+    def close(self) -> None:
+        """Leave every process group; again and again without harm."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def open_world(parallel: ParallelConfig) -> World:
+    """Meet the other ranks of the environment (torchrun's variables) and form the groups.
+
+    One process alone opens no process group. Otherwise gloo carries CPU tensors and the
+    accelerator's own backend (NCCL) a GPU's, and every operation ends within
+    ``parallel.timeout_seconds``.
+
+    Raises:
+        ConfigError: the number of ranks is not the configured topology's, or versions or
+            topologies differ between ranks.
+        PeerError: some rank did not come in time.
+    """
+    place, topology = Place.of_environment(), Topology.of_config(parallel)
+    _require_size(place, topology)
+    device = _device(place.local_rank)
+    if topology.world > 1:
+        _join(place, device, _facts(topology), parallel.timeout_seconds)
+    ep, pp, edp, dp = (
+        _form(kind, topology.group(kind, place.rank), place.rank, parallel.timeout_seconds)
+        for kind in ("ep", "pp", "edp", "dp")
+    )
+    everyone = Group(
+        "world",
+        range(topology.world),
+        place.rank,
+        dist.group.WORLD if topology.world > 1 else None,
+        parallel.timeout_seconds,
+    )
+    return World(topology, place.rank, device, ep, pp, edp, dp, everyone)
+
+
+def _join(place: Place, device: torch.device, facts: dict[str, str], timeout: float) -> None:
+    """Meet everyone, then open the process group of the whole world."""
+    store = meet(place, timeout, facts)
+    with _peer_errors("forming the process group of all ranks"):
+        dist.init_process_group(
+            dist.get_default_backend_for_device(device),
+            store=PrefixStore("world", store),
+            rank=place.rank,
+            world_size=place.world,
+            timeout=timedelta(seconds=timeout),
+        )
+
+
+def _form(kind: str, ranks: tuple[int, ...], rank: int, timeout: float) -> Group:
+    """The group of ``ranks``, one of which is ``rank``.
+
+    Each kind has process groups of its own even where two kinds have the same ranks: neither
+    has to keep its operations in order with the other's. Only its members make a group, since
+    a barrier of the whole world for each of hundreds of groups would take minutes.
+    """
+    if len(ranks) == 1:
+        return Group(kind, ranks)
+    with _peer_errors(f"forming the {kind} group of {named(ranks)}"):
+        made = dist.new_group(
+            list(ranks),
+            timeout=timedelta(seconds=timeout),
+            use_local_synchronization=True,
+            group_desc=kind,
+        )
+    return Group(kind, ranks, ranks.index(rank), made, timeout)
+
+
+@contextmanager
+def _peer_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed.DistError, or gloo's own
+        raise PeerError(f"{what}: {first_line(error)}") from error
+
+
+def _require_size(place: Place, topology: Topology) -> None:
+    if place.world == topology.world:
+        return
+    sizes = f"parallel.pp x parallel.dp = {topology.pp} x {topology.dp} = {topology.world}"
+    if place.world == 1:
+        rule = f"the topology has {sizes}"
+        fix = f"launcher=local, or torchrun --nproc-per-node={topology.world}"
+        raise ConfigError("number of ranks", place.world, rule, fix)
+    Topology.of_world(place.world, topology.pp, topology.ep)
+    fix = f"parallel.dp={place.world // topology.pp}, or {topology.world} ranks"
+    raise ConfigError("number of ranks", place.world, f"the topology has {sizes}", fix)
+
+
+def _facts(topology: Topology) -> dict[str, str]:
+    """What must agree before ranks can even form groups; the rest is compared through them."""
+    sizes = f"edp {topology.edp} x pp {topology.pp} x ep {topology.ep}"
+    versions = {
+        "kimi_pretrain": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    return {"topology": sizes, **{f"version of {name}": v for name, v in versions.items()}}
+
+
+def _device(local_rank: int) -> torch.device:
+    """This rank's accelerator, made the current one, or the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return torch.device("cpu")
+    count = torch.accelerator.device_count()
+    if local_rank >= count:
+        rule = f"each rank of a node has a device of its own, and this node has {count}"
+        raise ConfigError("LOCAL_RANK", local_rank, rule, f"{count} ranks a node")
+    torch.accelerator.set_device_index(local_rank)
+    return torch.device(accelerator.type, local_rank)

@@ -1,0 +1,108 @@
+"""A rank's view of the world: its groups over real processes, and what it refuses."""
+
+import time
+
+import pytest
+import torch
+
+from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.config.schema import ParallelConfig
+from kimi_pretrain.parallel.topology import Topology
+from kimi_pretrain.parallel.world import open_world
+from tests.distributed.ranks import run_ranks
+
+KINDS = ("ep", "pp", "edp", "dp")
+
+
+def test_one_process_alone_opens_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a single run that needs a store, a port or a peer."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    world = open_world(ParallelConfig())
+    assert (world.rank, world.size) == (0, 1)
+    assert not torch.distributed.is_initialized()
+    for group in (world.ep, world.pp, world.edp, world.dp, world.everyone):
+        assert group.ranks == (0,)
+    world.close()
+    world.close()
+
+
+def _sums(rank: int, size: int, parallel: ParallelConfig) -> dict[str, tuple[tuple, int, int]]:
+    world = open_world(parallel)
+    assert (world.rank, world.size, torch.get_num_threads()) == (rank, size, 1)
+    found = {}
+    for kind in (*KINDS, "everyone"):
+        group = getattr(world, kind)
+        total = torch.tensor([2**rank])
+        group.all_reduce_sum(total).wait()
+        found[kind] = (group.ranks, group.index, int(total))
+        assert (group.process_group is None) == (group.size == 1)
+    world.close()
+    world.close()
+    assert not torch.distributed.is_initialized()
+    return found
+
+
+@pytest.mark.parametrize(("pp", "ep", "dp"), [(1, 2, 4), (2, 2, 4), (1, 4, 4), (2, 1, 1)])
+def test_every_group_has_the_topologys_ranks(pp: int, ep: int, dp: int) -> None:
+    """Catches a process group of other ranks than its kind's, or in another order."""
+    topology = Topology(dp // ep, pp, ep)
+    results = run_ranks(topology.world, _sums, ParallelConfig(pp=pp, ep=ep, dp=dp))
+    for rank, found in enumerate(results):
+        for kind in KINDS:
+            ranks = topology.group(kind, rank)
+            assert found[kind] == (ranks, ranks.index(rank), sum(2**r for r in ranks)), kind
+        assert found["everyone"][2] == 2**topology.world - 1
+
+
+def _nothing(rank: int, size: int) -> int:
+    return rank
+
+
+def test_eight_ranks_start_quickly() -> None:
+    """Catches a harness that imports torch again in every rank."""
+    run_ranks(1, _nothing)  # the server itself loads torch once
+    before = time.perf_counter()
+    assert run_ranks(8, _nothing) == list(range(8))
+    assert time.perf_counter() - before < 5
+
+
+def _refusal(rank: int, size: int, parallel: ParallelConfig) -> str:
+    try:
+        open_world(parallel)
+    except ConfigError as error:
+        assert not torch.distributed.is_initialized()
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("parallel", "fix"),
+    [(ParallelConfig(ep=2, dp=2), "try 4 ranks"), (ParallelConfig(dp=2), "try parallel.dp=3")],
+)
+def test_another_number_of_ranks_is_refused_before_any_group(
+    parallel: ParallelConfig, fix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches ranks that the topology has no place for, noticed only in a hang."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert fix in _refusal(0, 3, parallel)
+
+
+def test_a_world_without_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches dp=4 silently trained by one process."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ConfigError, match=r"number of ranks: got 1; .* = 4; try launcher=local"):
+        open_world(ParallelConfig(dp=4))
+
+
+@pytest.mark.parametrize("bad", [{"RANK": "x"}, {"RANK": "4"}, {"WORLD_SIZE": ""}])
+def test_a_broken_environment_is_named(
+    bad: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a launcher's mistake shown as a traceback from int()."""
+    for name, value in ({"RANK": "0", "WORLD_SIZE": "4"} | bad).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        open_world(ParallelConfig(dp=4))
