@@ -1,0 +1,158 @@
+"""Owners: every matrix one, work even, lending only where it helps."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+
+from kimi_pretrain.optim.layout import Layout, Spec, plan_layout
+from kimi_pretrain.optim.ownership import imbalance, newton_schulz_flops, work
+from tests.optim.stage_cases import K2_EDP, K2_EP, k2_layout, layouts
+
+
+def design_cost(rows: int, cols: int) -> int:
+    """Design 4.5's: max x min^2."""
+    return max(rows, cols) * min(rows, cols) ** 2
+
+
+def lent(layout: Layout) -> Counter[tuple[int, int, int]]:
+    """(ep index, from, to) of every expert matrix that is not its holder's."""
+    found: Counter[tuple[int, int, int]] = Counter()
+    for bucket in layout.buckets:
+        if bucket.group == "edp" and bucket.kind == "aligned":
+            for ep_index in range(layout.ep):
+                for number, matrix in enumerate(bucket.matrices):
+                    holder = matrix.offset // bucket.shard
+                    owner = bucket.owner(number, ep_index)
+                    if owner != holder:
+                        found[ep_index, holder, owner] += 1
+    return found
+
+
+def test_flops_of_a_newton_schulz_step() -> None:
+    """Catches the long side squared, and a count that depends on the orientation."""
+    # A = X X^T: 2 m^2 n; A A: 2 m^3; (b A + c A A) X: 2 m^2 n
+    assert newton_schulz_flops(2, 3) == newton_schulz_flops(3, 2) == 24 + 16 + 24
+
+
+@given(layouts())
+@settings(deadline=None)
+def test_every_matrix_has_one_owner_in_its_group(layout: Layout) -> None:
+    """Catches a matrix that nobody orthogonalises, or an owner outside the group."""
+    for bucket in layout.buckets:
+        rows = {"adamw": 0}.get(bucket.kind, layout.ep if bucket.group == "edp" else 1)
+        assert len(bucket.owners) == rows
+        for row in bucket.owners:
+            assert len(row) == len(bucket.matrices)
+            assert all(0 <= owner < bucket.ranks for owner in row)
+
+
+@given(layouts())
+@settings(deadline=None)
+def test_the_ranks_work_is_the_stages(layout: Layout) -> None:
+    """Catches work counted once for an edp group instead of once a rank."""
+    total = 0
+    for bucket in layout.buckets:
+        copies = layout.ep if bucket.group == "edp" else 1
+        total += copies * sum(5 * newton_schulz_flops(m.rows, m.cols) for m in bucket.matrices)
+    loads = work(layout)
+    assert len(loads) == layout.dp
+    assert sum(loads) == total
+
+
+@given(layouts())
+@settings(deadline=None)
+def test_dense_aligned_matrices_stay_with_their_holder(layout: Layout) -> None:
+    """Catches an exchange over dp of what was laid out so as not to need one."""
+    for bucket in layout.buckets:
+        if bucket.group == "dp" and bucket.kind == "aligned":
+            holders = tuple(m.offset // bucket.shard for m in bucket.matrices)
+            assert bucket.owners == (holders,)
+
+
+@given(layouts())
+@settings(deadline=None)
+def test_only_the_busy_lend_and_only_to_who_has_less(layout: Layout) -> None:
+    """Catches matrices that travel without need, and a lender that borrows as well."""
+    loads = work(layout, steps=1)
+    mean = sum(loads) / len(loads)
+    costs = {newton_schulz_flops(m.rows, m.cols) for b in layout.buckets for m in b.matrices}
+    for ep_index, holder, owner in lent(layout):
+        # What it had before its last loan was above the limit, and more than the borrower has.
+        before = loads[holder * layout.ep + ep_index] + max(costs)
+        assert before > 1.05 * mean
+        assert loads[owner * layout.ep + ep_index] <= before
+
+
+def test_lending_evens_out_a_costly_matrix() -> None:
+    """Catches a rank that keeps its experts and a dense matrix worth many of them."""
+    specs = [
+        Spec("o_proj", (16, 16), muon=True, expert=False),
+        Spec("experts", (40, 8, 8), muon=True, expert=True),
+    ]
+    layout = plan_layout(specs, edp=4, ep=1, dense="flat")
+    # An expert costs 1, o_proj 8: 48 over 4 ranks.
+    assert sorted(work(layout, 1)) == [12 * newton_schulz_flops(8, 8)] * 4
+    (bucket,) = (b for b in layout.buckets if b.kind == "flat")
+    lender = bucket.owner(0, 0)
+    assert {holder for _, holder, _ in lent(layout)} == {lender}
+    assert sum(lent(layout).values()) == 6
+
+
+def test_lending_ends_where_it_would_move_the_peak() -> None:
+    """Catches loans that go back and forth, or that make the borrower the busiest."""
+    specs = [
+        Spec("o_proj", (16, 16), muon=True, expert=False),
+        Spec("experts", (2, 16, 16), muon=True, expert=True),
+    ]
+    layout = plan_layout(specs, edp=2, ep=1, dense="flat")
+    assert not lent(layout)
+    assert imbalance(layout) == pytest.approx(4 / 3)
+
+
+def test_of_idle_ranks_the_one_in_the_idlest_edp_group_is_chosen() -> None:
+    """Catches costly matrices that gather in one edp group, which then has all the lending."""
+    sides = (9, 5, 5)
+    dense = [Spec(f"w{i}", (n, n), muon=True, expert=False) for i, n in enumerate(sides)]
+    layout = plan_layout(dense, edp=4, ep=2, dense="flat")
+    (bucket,) = layout.buckets
+    columns = [owner % layout.ep for owner in bucket.owners[0]]
+    costliest = columns[[m.rows for m in bucket.matrices].index(9)]
+    assert sorted(columns) == sorted([costliest, 1 - costliest, 1 - costliest])
+
+
+def test_nothing_for_muon_is_balanced() -> None:
+    """Catches a division by the zero work of a stage of vectors."""
+    layout = plan_layout([Spec("norm", (4,), muon=False, expert=False)], 2, 2)
+    assert work(layout) == [0] * 4
+    assert imbalance(layout) == 1.0
+
+
+# --- Kimi K2 ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edp", K2_EDP.values())
+@pytest.mark.parametrize("cost", [newton_schulz_flops, design_cost])
+def test_k2s_four_layer_stages_are_balanced(edp: int, cost) -> None:
+    """Catches o_proj on a rank that has as many experts as everyone: 1.4 at 2,048 ranks."""
+    assert imbalance(k2_layout(1, edp), cost) <= 1.1
+
+
+@pytest.mark.parametrize(("edp", "bound"), [(1, 1.1), (2, 1.1), (8, 1.158)])
+def test_k2s_first_stage_is_as_even_as_its_largest_matrix_allows(edp: int, bound: float) -> None:
+    """Catches a first stage that slows the pipeline's ranks: see docs/zero1.md for the figures."""
+    first, usual = k2_layout(0, edp), k2_layout(1, edp)
+    assert imbalance(first) <= bound
+    largest = 5 * newton_schulz_flops(18432, 7168)
+    busiest = max(work(first))
+    if edp == 8:
+        assert busiest == largest  # nothing else is left on that rank: no layout does better
+    assert busiest < 0.85 * max(work(usual))
+
+
+def test_k2s_loans_stay_few() -> None:
+    """Catches lending that moves more than it must: 4 o_proj, a dozen matrices each."""
+    layout = k2_layout(1, 8)
+    experts = 36 * layout.dp
+    assert layout.ep == K2_EP
+    assert 0 < sum(lent(layout).values()) < 0.03 * experts
