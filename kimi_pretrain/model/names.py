@@ -31,12 +31,31 @@ def hf_views(name: str, tensor: Tensor, first_expert: int = 0) -> Iterator[tuple
         yield from _gate_up_views(f"{layer}{_EXPERTS}{expert}.{projection}", stack)
 
 
-def _gate_up_views(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+def hf_tensors(
+    name: str, shape: tuple[int, ...], first_expert: int = 0
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(Hugging Face name, shape) of what one tensor stacks, in the order of its memory.
+
+    What ``hf_views`` gives names to, from the shape alone: consecutive runs of the flattened
+    tensor.
+    """
+    if _EXPERTS in name:
+        layer, _, projection = name.partition(_EXPERTS)
+        for expert in range(first_expert, first_expert + shape[0]):
+            inner = f"{layer}{_EXPERTS}{expert}.{projection}"
+            yield from ((hf_name, shape[-2:]) for hf_name in _gate_up_names(inner))
+        return
+    stacked = name.endswith(_GATE_UP)
+    yield from ((hf_name, shape[1:] if stacked else shape) for hf_name in _gate_up_names(name))
+
+
+def _gate_up_names(name: str) -> list[str]:
     if name.endswith(_GATE_UP):
         prefix = name.removesuffix(_GATE_UP)
-        yield f"{prefix}.gate_proj.weight", tensor[0]
-        yield f"{prefix}.up_proj.weight", tensor[1]
-    elif _EXPERTS in name:
-        yield f"{name}.weight", tensor
-    else:
-        yield name, tensor
+        return [f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight"]
+    return [f"{name}.weight" if _EXPERTS in name else name]
+
+
+def _gate_up_views(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    names = _gate_up_names(name)
+    yield from zip(names, tensor if len(names) == 2 else [tensor], strict=True)

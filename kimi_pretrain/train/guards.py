@@ -2,7 +2,7 @@
 
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -15,13 +15,20 @@ class GuardStop(Exception):
     """A guard refused to update the weights; they are as they were before the step."""
 
 
-def require_finite(step: int, loss: float, grad_norm: float, nonfinite: list[str]) -> None:
-    """Raise GuardStop before the update when the loss or any gradient is NaN or infinite."""
+def require_finite(
+    step: int, loss: float, grad_norm: float, suspects: Callable[[], list[str]]
+) -> None:
+    """Raise GuardStop before the update when the loss or any gradient is NaN or infinite.
+
+    ``suspects`` names the tensors whose gradient is not finite; it is asked only then, on
+    every rank, since loss and norm are the same everywhere.
+    """
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
-    where = f"; gradients not finite in {', '.join(nonfinite[:3])}" if nonfinite else ""
-    if len(nonfinite) > 3:
-        where += f" and {len(nonfinite) - 3} more"
+    names = suspects()
+    where = f"; gradients not finite in {', '.join(names[:8])}" if names else ""
+    if len(names) > 8:
+        where += f" and {len(names) - 8} more"
     raise GuardStop(
         f"step {step}: loss {loss}, gradient norm {grad_norm}{where}; "
         "a step must be finite; weights are unchanged: try a lower optimizer.lr, or inspect "

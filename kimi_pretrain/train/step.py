@@ -9,18 +9,21 @@ from kimi_pretrain.config.schema import Config
 from kimi_pretrain.data.batches import Batch
 from kimi_pretrain.model.causal_lm import CausalLM
 from kimi_pretrain.model.record import StepRecord
-from kimi_pretrain.optim.muon import MuonClip
-from kimi_pretrain.train.gradients import MainGradients
+from kimi_pretrain.ops.precision import accumulate_dtype
+from kimi_pretrain.optim.registry import build_sharded
+from kimi_pretrain.parallel.world import World
 from kimi_pretrain.train.guards import require_finite
+from kimi_pretrain.train.observations import Observations
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step measured. `record` holds the per-layer arrays."""
+    """What one step measured, the same on every rank. `record` holds the per-layer arrays."""
 
     loss: float  # nats a label, mean over the global batch
     grad_norm: float  # global, before clipping
     record: StepRecord
+    stop: bool  # some rank was asked to stop before the step's last backward
 
 
 @dataclass(frozen=True)
@@ -43,51 +46,61 @@ def to_device(batch: Batch, rows: slice, device: torch.device) -> DeviceBatch:
 
 
 class TrainStep:
-    """Runs the steps of one model with one optimizer; holds nothing else between steps."""
+    """Runs the steps of one rank's model; holds nothing but the optimizer between steps.
 
-    def __init__(self, config: Config, model: CausalLM, optimizer: MuonClip) -> None:
+    With one rank and with thousands these are the same lines: groups of one copy nothing.
+    """
+
+    def __init__(self, config: Config, model: CausalLM, world: World) -> None:
         self.config = config
         self.model = model
-        self.optimizer = optimizer
-        self.gradients = MainGradients(model.named_parameters())
+        self.world = world
         self.device = next(model.parameters()).device
+        self.optimizer = build_sharded(config.optimizer, config.parallel, model, world)
 
-    def run(self, step: int, batch: Batch, learning_rate: float) -> StepResult:
-        """Accumulate the gradients of `batch`, then update the weights once.
+    def run(self, step: int, batch: Batch, learning_rate: float, stop: bool = False) -> StepResult:
+        """Accumulate the gradients of `batch`, this replica's part, then update once.
 
-        Raises GuardStop, with the weights untouched, when the loss or a gradient is not
-        finite. Every microbatch divides by the number of labels of the whole batch, so
-        that the result does not depend on how the batch is cut.
+        Every microbatch divides by the number of labels of the global batch, so that the
+        result does not depend on how the batch is cut, and gradients are summed over
+        replicas, never averaged.
+
+        Raises:
+            GuardStop: on all ranks, with all weights untouched, when the loss or a gradient
+                anywhere is not finite.
         """
-        record, loss = self._accumulate(batch)
-        norm = self.gradients.norm()
-        require_finite(
-            step,
-            loss,
-            float(norm),
-            [] if torch.isfinite(norm) else self.gradients.nonfinite(),
-        )
-        self.gradients.clip(norm, self.config.optimizer.grad_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.observe_max_logits(record.max_logits, record.exact)
-        self.optimizer.step()
+        observations = self._accumulate(batch, stop)
+        optimizer = self.optimizer
+        optimizer.buffers.reduced()
+        loss, stop = observations.combined()
+        record = observations.record
+        norm = float(optimizer.norm())
+        require_finite(step, loss, norm, self._suspects)
+        optimizer.clip_gradients(norm, self.config.optimizer.grad_clip)
+        optimizer.observe_max_logits(record.max_logits, record.exact)
+        optimizer.step(learning_rate)
         self.model.update_router_bias(record, self.config.optimizer.router_bias_rate)
-        return StepResult(loss=loss, grad_norm=float(norm), record=record)
+        return StepResult(loss=loss, grad_norm=norm, record=record, stop=stop)
 
-    def _accumulate(self, batch: Batch) -> tuple[StepRecord, float]:
+    def _accumulate(self, batch: Batch, stop: bool) -> Observations:
         size = self.config.schedule.micro_batch_size
         sequences = len(batch.tokens)
-        labels = int((batch.labels >= 0).sum())
+        labels = torch.tensor(int((batch.labels >= 0).sum()), device=self.device)
+        counting = self.world.dp.all_reduce_sum(labels)
+        high = accumulate_dtype(next(self.model.parameters()).dtype)
         record = StepRecord.for_model(
             self.config.model,
             tau=self.config.optimizer.qk_clip_threshold,
-            aux_scale=size / sequences,
+            aux_scale=size / (sequences * self.world.dp.size),
             device=self.device,
-            dtype=self.gradients.flat.dtype,
+            dtype=high,
         )
-        self.gradients.zero()
-        total = torch.zeros((), dtype=self.gradients.flat.dtype, device=self.device)
+        buffers = self.optimizer.buffers
+        buffers.zero()
+        counting.wait()
+        denominator = int(labels)
+        total = torch.zeros((), dtype=high, device=self.device)
+        observations: Observations | None = None
         for first in range(0, sequences, size):
             micro = to_device(batch, slice(first, first + size), self.device)
             loss = self.model.loss(
@@ -95,8 +108,21 @@ class TrainStep:
                 micro.labels,
                 record=record,
                 document_ids=micro.document_ids,
-                denominator=labels,
+                denominator=denominator,
             )
-            loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        return record, float(total)
+            if first + size >= sequences:
+                buffers.expect_last()
+                observations = Observations(record, total, stop, self.world.dp)
+            loss.backward()  # type: ignore[no-untyped-call]
+        assert observations is not None
+        return observations
+
+    def _suspects(self) -> list[str]:
+        """Whose gradient of which tensors was not finite; every rank's, on every rank."""
+        rank, names = self.world.rank, self.optimizer.nonfinite()
+        shown = [f"rank {rank}: {name}" if self.world.size > 1 else name for name in names[:4]]
+        if len(names) > 4:
+            shown.append(f"rank {rank}: {len(names) - 4} more")
+        told = self.world.everyone.gather_texts("\n".join(shown))
+        return [line for text in told if text for line in text.splitlines()]

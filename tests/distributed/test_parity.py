@@ -1,0 +1,277 @@
+"""Any layout of real ranks trains as the plain model does in one process, in float64.
+
+The oracle shares nothing with the sharded path but the model's operations: autograd's own
+``.grad``, ``MuonClip`` as a torch optimizer, one process, one dispatcher. Held against each
+other are the loss, the norm, every gradient, every updated parameter on every rank, every
+moment, the router's biases and loads, to 1e-9 of a tensor's largest element.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kimi_pretrain.config import compose
+from kimi_pretrain.config.schema import Config
+from kimi_pretrain.data.batches import Batch
+from kimi_pretrain.model.build import from_config
+from kimi_pretrain.model.causal_lm import CausalLM
+from kimi_pretrain.model.names import hf_views
+from kimi_pretrain.model.record import StepRecord
+from kimi_pretrain.optim.registry import build_optimizer
+from kimi_pretrain.parallel.dispatch import dispatcher_of
+from kimi_pretrain.parallel.world import open_world
+from kimi_pretrain.train.step import TrainStep, to_device
+from tests.distributed.ranks import run_ranks
+
+SEQUENCES, LENGTH, RATE = 16, 12, 1e-2
+LAYOUTS = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 2), (8, 8)]  # (dp, ep)
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A run of some steps; ``cut`` False: one microbatch a rank, True: one a sequence."""
+
+    name: str
+    steps: int
+    cut: bool
+    skewed: bool
+    overrides: tuple[str, ...]
+
+
+SCENARIOS = [
+    Scenario("one microbatch", 1, False, False, ("optimizer.grad_clip=null",)),
+    Scenario(
+        "accumulated, three steps, clips fire, flat",
+        3,
+        True,
+        False,
+        (
+            "optimizer.qk_clip_threshold=0.001",
+            "optimizer.grad_clip=0.1",
+            "parallel.dense_sharding=flat",
+            "parallel.bucket_elements=4000",
+        ),
+    ),
+    Scenario(
+        "accumulated, three steps, weights at experts, aligned",
+        3,
+        True,
+        False,
+        (
+            "optimizer.qk_clip_threshold=0.001",
+            "parallel.router_weights=before_down",
+            "parallel.dense_sharding=aligned",
+            "parallel.bucket_elements=4000",
+        ),
+    ),
+    Scenario("one expert gets all, some get none", 1, True, True, ()),
+]
+
+
+def configuration(scenario: Scenario, dp: int = 1, ep: int = 1) -> Config:
+    size = 1 if scenario.cut else SEQUENCES // dp
+    return compose(
+        [
+            "experiment=smoke",
+            "precision=fp64",
+            "run_dir=unused",
+            "model.n_routed_experts=8",
+            "model.aux_loss_alpha=0.01",
+            f"schedule.global_batch_size={SEQUENCES}",
+            f"schedule.micro_batch_size={size}",
+            f"parallel.dp={dp}",
+            f"parallel.ep={ep}",
+            "parallel.timeout_seconds=60",
+            *scenario.overrides,
+        ]
+    )
+
+
+def batch() -> Batch:
+    """A global batch whose rows differ in how many labels they have."""
+    rng = np.random.default_rng(0)
+    windows = rng.integers(0, 257, (SEQUENCES, LENGTH + 1))
+    labels = windows[:, 1:].copy()
+    for row in range(SEQUENCES):
+        labels[row, : row % 5] = -100
+    documents = np.zeros((SEQUENCES, LENGTH), np.int32)
+    documents[:, LENGTH // 3 :] = 1
+    return Batch(windows[:, :-1].copy(), labels, documents)
+
+
+def skew(model: CausalLM) -> None:
+    """Every token's first choice is expert 0; experts 5 to 7 are never chosen."""
+    for name, buffer in model.named_buffers():
+        assert name.endswith("e_score_correction_bias")
+        buffer[0], buffer[5:] = 10.0, -10.0
+
+
+# --- the oracle -----------------------------------------------------------------------------
+
+
+@lru_cache
+def plain(scenario: Scenario) -> dict[str, Any]:
+    """One process, torch's autograd and a torch optimizer; whole batch as one microbatch."""
+    config = configuration(scenario)
+    torch.set_num_threads(1)
+    model = from_config(config.model, dtype=torch.float64)
+    if scenario.skewed:
+        skew(model)
+    optimizer = build_optimizer(config.optimizer, config.model, model.named_parameters())
+    whole = to_device(batch(), slice(None), torch.device("cpu"))
+    losses, norms = [], []
+    for _ in range(scenario.steps):
+        record = StepRecord.for_model(
+            config.model,
+            tau=config.optimizer.qk_clip_threshold,
+            aux_scale=1.0,
+            dtype=torch.float64,
+        )
+        optimizer.zero_grad()
+        loss = model.loss(whole.tokens, whole.labels, record, whole.document_ids)
+        loss.backward()
+        parameters = list(model.parameters())
+        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+        limit = config.optimizer.grad_clip
+        if limit is not None and norm > limit:
+            for p in parameters:
+                p.grad.mul_(limit / norm)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE
+        optimizer.observe_max_logits(record.max_logits, record.exact)
+        optimizer.step()
+        model.update_router_bias(record, config.optimizer.router_bias_rate)
+        losses.append(float(loss))
+        norms.append(float(norm))
+    state = {
+        f"{kind}/{name}": view.clone()
+        for internal, kind, tensor in optimizer.named_state()
+        for name, view in hf_views(internal, tensor)
+    }
+    return {
+        "losses": losses,
+        "norms": norms,
+        "parameters": {n: p.clone() for n, p in model.hf_named_parameters()},
+        "gradients": {n: g.clone() for n, g in model.hf_named_gradients()},
+        "buffers": {n: b.clone() for n, b in model.hf_named_buffers()},
+        "state": state,
+        "counts": record.expert_counts,
+        "max_logits": record.max_logits,
+        "clipped": optimizer.qk_clip_metrics["clipped_heads"],
+    }
+
+
+# --- the ranks ------------------------------------------------------------------------------
+
+
+def train_as_rank(rank: int, world_size: int, dp: int, ep: int) -> list[dict[str, Any]]:
+    """Every scenario in turn on this rank; what it holds of the result."""
+    world = open_world(configuration(SCENARIOS[0], dp, ep).parallel)
+    assert (world.rank, world.size) == (rank, world_size)
+    return [_run(scenario, configuration(scenario, dp, ep), world) for scenario in SCENARIOS]
+
+
+def _run(scenario: Scenario, config: Config, world: Any) -> dict[str, Any]:
+    at_experts = config.parallel.router_weights == "before_down"
+    dispatcher = dispatcher_of(world.ep, at_experts)
+    model = from_config(config.model, dtype=torch.float64, dispatcher=dispatcher)
+    if scenario.skewed:
+        skew(model)
+    step = TrainStep(config, model, world)
+    each = SEQUENCES // world.dp.size
+    first = world.dp.index * each
+    whole = batch()
+    rows = slice(first, first + each)
+    part = Batch(whole.tokens[rows], whole.labels[rows], whole.document_ids[rows])
+    results = [step.run(number + 1, part, RATE) for number in range(scenario.steps)]
+    step.optimizer.buffers.gathered()
+    last = results[-1].record
+    return {
+        "losses": [r.loss for r in results],
+        "norms": [r.grad_norm for r in results],
+        "parameters": {n: p.clone() for n, p in model.hf_named_parameters()},
+        "buffers": {n: b.clone() for n, b in model.hf_named_buffers()},
+        "gradients": [tuple(p) for p in step.optimizer.gradient_pieces()],
+        "state": [tuple(p) for p in step.optimizer.pieces()],
+        "counts": last.expert_counts,
+        "max_logits": last.max_logits,
+        "clipped": step.optimizer.qk_clip_metrics["clipped_heads"],
+        "travels": sum(shard.travels for shard in step.optimizer.shards),
+    }
+
+
+@pytest.mark.parametrize(("dp", "ep"), LAYOUTS, ids=lambda value: str(value))
+def test_ranks_train_as_one_process(dp: int, ep: int) -> None:
+    """Catches gradients scaled by ep or dp, a norm of each EP group, shards updated twice or
+    never, matrices put together in the wrong order, heads clipped by a local maximum, counts
+    of one rank, tokens combined with others' weights, and a parameter never gathered."""
+    everyone = run_ranks(dp, train_as_rank, dp, ep)
+    for number, scenario in enumerate(SCENARIOS):
+        ranks = [results[number] for results in everyone]
+        _compare(f"{scenario.name}, dp={dp} ep={ep}", plain(scenario), ranks)
+
+
+def test_the_scenarios_do_what_they_say() -> None:
+    """Catches a test of QK-Clip in which no head is clipped, or of skew without any."""
+    assert plain(SCENARIOS[1])["clipped"] > 0
+    assert plain(SCENARIOS[2])["clipped"] > 0
+    assert min(plain(SCENARIOS[1])["norms"]) > 0.1
+    counts = plain(SCENARIOS[3])["counts"]
+    assert (counts[:, 0] == SEQUENCES * LENGTH).all()
+    assert (counts[:, 5:] == 0).all()
+
+
+def _compare(where: str, want: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
+    for rank, got in enumerate(ranks):
+        at = f"{where}, rank {rank}"
+        np.testing.assert_allclose(got["losses"], want["losses"], rtol=TOLERANCE, err_msg=at)
+        np.testing.assert_allclose(got["norms"], want["norms"], rtol=TOLERANCE, err_msg=at)
+        assert torch.equal(got["counts"], want["counts"]), at
+        assert got["clipped"] == want["clipped"], at
+        _close(f"{at}: max_logits", got["max_logits"], want["max_logits"])
+        for name, buffer in got["buffers"].items():
+            assert torch.equal(buffer, want["buffers"][name]), f"{at}: {name}"
+        for name, parameter in got["parameters"].items():
+            _close(f"{at}: {name}", parameter, want["parameters"][name])
+    held = {name for got in ranks for name in got["parameters"]}
+    assert held == want["parameters"].keys(), where
+    for what in ("gradients", "state"):
+        whole = dict(_put_together([piece for got in ranks for piece in got[what]]))
+        if what == "state":
+            whole = {key: t for key, t in whole.items() if not key.startswith("master/")}
+        else:
+            whole = {key.removeprefix("gradient/"): t for key, t in whole.items()}
+        assert whole.keys() == want[what].keys(), where
+        for key, tensor in whole.items():
+            _close(f"{where}: {what} {key}", tensor, want[what][key])
+
+
+def _put_together(pieces: list[tuple[Any, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole tensors of all ranks' pieces, each element held exactly once."""
+    tensors: dict[str, torch.Tensor] = {}
+    holders: dict[str, torch.Tensor] = {}
+    for kind, name, shape, start, values in pieces:
+        key = f"{kind}/{name}"
+        tensor = tensors.setdefault(key, torch.zeros(shape, dtype=values.dtype))
+        count = holders.setdefault(key, torch.zeros(shape, dtype=torch.int64))
+        tensor.view(-1)[start : start + values.numel()] = values
+        count.view(-1)[start : start + values.numel()] += 1
+    for key, tensor in tensors.items():
+        assert bool((holders[key] == 1).all()), f"{key} is held twice or not at all"
+        yield key, tensor
+
+
+def _close(what: str, got: torch.Tensor, want: torch.Tensor) -> None:
+    apart = (got - want).abs()
+    worst = int(apart.argmax())
+    scale = float(want.abs().max())
+    assert float(apart.max()) <= TOLERANCE * scale, (
+        f"{what}[{worst}]: {float(got.flatten()[worst])!r}, "
+        f"one process {float(want.flatten()[worst])!r} (largest {scale:.3g})"
+    )
