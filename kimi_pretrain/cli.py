@@ -15,6 +15,8 @@ usage: kimi-pretrain COMMAND ...
 
   train     pretrain a model; without arguments: a nano model of the Kimi K2 family, in minutes
   data      prepare, verify and inspect tokenized corpora
+  plan      say what a run will need: layout, bytes and work of every rank
+  ckpt      list, verify and export the checkpoints of a run
   report    write a page with plots of a run
 
 kimi-pretrain COMMAND --help says more; docs/configuration.md lists what can be set.
@@ -75,6 +77,8 @@ def _report(arguments: list[str]) -> int:
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _command("kimi_pretrain.train.command"),
     "data": _command("kimi_pretrain.data.commands"),
+    "plan": _command("kimi_pretrain.plan.commands"),
+    "ckpt": _command("kimi_pretrain.checkpoint.commands"),
     "report": _report,
 }
 

@@ -6,7 +6,7 @@ Nothing here unpickles: a directory with ``pytorch_model.bin`` only is refused.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -152,22 +152,36 @@ def write_weights(directory: Path, tensors: Mapping[str, Tensor], shard_bytes: i
     left in the directory go first, and the index comes last, so that an interrupted export
     is refused on reading instead of being taken for a model.
     """
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    stream_weights(directory, sizes, tensors.__getitem__, shard_bytes)
+
+
+def stream_weights(
+    directory: Path, sizes: Mapping[str, int], read: Callable[[str], Tensor], shard_bytes: int
+) -> None:
+    """``write_weights`` of tensors that are read as their shard is written.
+
+    Args:
+        directory: where to.
+        sizes: bytes of each tensor, in the order in which they are written.
+        read: gives a tensor of that size by its name; called once each.
+        shard_bytes: a file's largest size, and with it the memory that is needed.
+    """
     (directory / INDEX).unlink(missing_ok=True)
     (directory / SINGLE).unlink(missing_ok=True)
     for pattern in ("model-*-of-*.safetensors", ".model*.partial"):
         for stale in directory.glob(pattern):
             stale.unlink()
-    shards = plan_shards({name: t.nbytes for name, t in tensors.items()}, shard_bytes)
+    shards = plan_shards(sizes, shard_bytes)
     if len(shards) == 1:
-        _save(directory / SINGLE, tensors)
+        _save(directory / SINGLE, {name: read(name) for name in shards[0]})
         return
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _save(directory / file, {name: tensors[name] for name in names})
+        _save(directory / file, {name: read(name) for name in names})
         weight_map |= dict.fromkeys(names, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     write_json(directory / INDEX, index)
 
 

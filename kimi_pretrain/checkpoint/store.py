@@ -48,12 +48,16 @@ def checkpoint_step(directory: Path) -> int:
     return int(match[1])
 
 
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory is there and named like a checkpoint; it may still be damaged."""
+    return _NAME.fullmatch(directory.name) is not None and directory.is_dir()
+
+
 def list_checkpoints(root: Path) -> list[Path]:
     """Every committed checkpoint below `root`, newest first; none verified yet."""
     if not root.is_dir():
         return []
-    found = [entry for entry in root.iterdir() if entry.is_dir() and _NAME.fullmatch(entry.name)]
-    return sorted(found, key=checkpoint_step, reverse=True)
+    return sorted(filter(is_checkpoint, root.iterdir()), key=checkpoint_step, reverse=True)
 
 
 def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:

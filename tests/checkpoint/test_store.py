@@ -83,6 +83,26 @@ def test_prune_does_not_count_later_damaged_ones(tmp_path: Path) -> None:
     assert [checkpoint_step(d) for d in list_checkpoints(tmp_path)] == [100, 10]
 
 
+def test_a_kill_while_pruning_lists_nothing_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a half-deleted checkpoint that still has a checkpoint's name."""
+    for step in (1, 2):
+        commit(tmp_path, step, _write(str(step)))
+
+    def killed(directory: Path) -> None:
+        (directory / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune(tmp_path, 1, step=2)
+    monkeypatch.undo()
+    assert [checkpoint_step(d) for d in list_checkpoints(tmp_path)] == [2]
+    remove_unfinished(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_step_can_be_written_again(tmp_path: Path) -> None:
     """Catches a rename onto a full directory, which the system refuses."""
     commit(tmp_path, 5, _write("damaged"))
