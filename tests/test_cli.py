@@ -301,7 +301,7 @@ def test_a_signal_ends_a_sweep_and_a_guard_does_not(trained: Trained) -> None:
 @pytest.mark.parametrize(
     ("line", "offers"),
     [
-        ("kimi-pretrain ", {"train", "data", "ckpt", "report"}),
+        ("kimi-pretrain ", {"train", "data", "plan", "ckpt", "report"}),
         ("kimi-pretrain tr", {"train"}),
         ("kimi-pretrain train model=k2_n", {"model=k2_nano"}),
         ("kimi-pretrain train model=k2_nano schedule.max_", {"schedule.max_steps="}),
