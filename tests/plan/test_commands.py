@@ -1,0 +1,64 @@
+"""`kimi-pretrain plan` as a person uses it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from kimi_pretrain.cli import main
+
+K2 = ["model=k2", "parallel.pp=16", "parallel.ep=16", "parallel.dp=128"]
+
+
+def test_layout_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a command that is not found, or overrides that do not reach the plan."""
+    assert main(["plan", "layout", *K2]) == 0
+    assert capsys.readouterr().out.startswith("k2 on 2,048 ranks")
+
+
+def test_layout_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a line of text around what a program reads, and flags that must come last."""
+    assert main(["plan", "layout", "--json", "parallel.dp=2"]) == 0
+    assert json.loads(capsys.readouterr().out)["dp"] == 2
+
+
+def test_a_plan_of_k2_needs_no_torch() -> None:
+    """Catches a plan that waits for torch, or that takes longer than one waits."""
+    program = (
+        "import sys; from kimi_pretrain.cli import main;"
+        f"code = main({['plan', 'layout', *K2]!r});"
+        "sys.exit(99 if 'torch' in sys.modules else code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["layout", "parallel.pp=5"], "try parallel.pp=4"),
+        (["layout", "paralel.pp=4"], "parallel.pp"),
+        (["layout", "model=k3"], "model="),
+        (["layout", "--jsn"], "usage"),
+        (["layot"], "usage"),
+        ([], "usage"),
+    ],
+)
+def test_bad_input_ends_with_code_2(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a traceback, or a plan of something else than was asked for."""
+    assert main(["plan", *arguments]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert says in output.err
+    assert "usage" in output.err or output.err.count("\n") == 1
+
+
+def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches help on stderr or with code 2."""
+    assert main(["plan", "layout", "--help"]) == 0
+    assert "model=k2" in capsys.readouterr().out
