@@ -1,0 +1,158 @@
+"""How ranks start: they find each other, agree, or all say no in time, as real processes."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.config.schema import ParallelConfig
+from kimi_pretrain.parallel.errors import PeerError
+from kimi_pretrain.parallel.rendezvous import disagreement, named
+from kimi_pretrain.parallel.world import open_world
+from tests.distributed.ranks import run_ranks
+
+ROOT = Path(__file__).parents[2]
+
+
+def _meet(rank: int, size: int, absent: tuple[int, ...], timeout: float) -> tuple[str, str, float]:
+    before = time.perf_counter()
+    if rank in absent:
+        return "absent", "", 0.0
+    try:
+        open_world(ParallelConfig(dp=size, timeout_seconds=timeout)).close()
+    except (PeerError, ConfigError) as error:
+        return type(error).__name__, str(error), time.perf_counter() - before
+    return "met", "", time.perf_counter() - before
+
+
+def test_rank_0_names_those_who_never_came() -> None:
+    """Catches a hang of half an hour, and survivors that each guess something else."""
+    results = run_ranks(4, _meet, (1, 3), 2.0)
+    assert [kind for kind, _, _ in results] == ["PeerError", "absent", "PeerError", "absent"]
+    line = results[0][1]
+    assert line.startswith("ranks 1, 3 of 4 did not come within 2 s (parallel.timeout_seconds)")
+    assert "127.0.0.1" in line
+    assert "\n" not in line
+    assert results[2][1] == line
+    assert all(1.5 < seconds < 5 for kind, _, seconds in results if kind == "PeerError")
+
+
+def test_the_others_end_without_rank_0() -> None:
+    """Catches ranks that wait for ever for the one that decides."""
+    results = run_ranks(3, _meet, (0,), 2.0)
+    assert [kind for kind, _, _ in results] == ["absent", "FirstRankError", "FirstRankError"]
+    assert all(seconds < 5 for _, _, seconds in results)
+
+
+def _meet_with_version(rank: int, size: int) -> str:
+    import kimi_pretrain.parallel.world as module
+
+    if rank == 2:
+        module.__version__ = "0.0.9"
+    try:
+        open_world(ParallelConfig(dp=size, timeout_seconds=30))
+    except ConfigError as error:
+        return str(error)
+    return "met"
+
+
+def test_another_version_is_named_before_any_group() -> None:
+    """Catches two releases in one run, which may not even speak the same way."""
+    lines = run_ranks(3, _meet_with_version)
+    assert len(set(lines)) == 1
+    assert lines[0].startswith("version of kimi_pretrain on rank 2: got '0.0.9'; ")
+    assert "ranks 0, 1 have" in lines[0]
+
+
+def _meet_with_topology(rank: int, size: int) -> str:
+    ep = 2 if rank == 1 else 1
+    try:
+        open_world(ParallelConfig(dp=size, ep=ep, timeout_seconds=30))
+    except ConfigError as error:
+        return str(error)
+    return "met"
+
+
+def test_another_topology_of_as_many_ranks_is_named() -> None:
+    """Catches groups formed in two ways, which hang in their first operation."""
+    lines = run_ranks(4, _meet_with_topology)
+    assert len(set(lines)) == 1
+    assert "topology on rank 1: got 'edp 2 x pp 1 x ep 2'" in lines[0]
+
+
+def test_a_disagreement_names_the_odd_ones() -> None:
+    """Catches a line that blames the majority, and a key that only some ranks have."""
+    assert disagreement([{"a": "1"}] * 3) is None
+    error = disagreement([{"a": "1", "seed": "2"}, {"a": "1"}, {"a": "1", "seed": "2"}])
+    assert str(error).startswith("seed on rank 1: got 'nothing'; ")
+    assert named(range(300)) == "ranks 0, 1, 2, 3, 4, 5, 6, 7, ... (300 in all)"
+
+
+# --- rank 0's own store, as where a launcher only sets the environment ---------------------
+
+_PROGRAM = """\
+import sys
+from kimi_pretrain.config.schema import ParallelConfig
+from kimi_pretrain.parallel.errors import PeerError
+from kimi_pretrain.parallel.world import open_world
+try:
+    world = open_world(ParallelConfig(dp=int(sys.argv[1]), timeout_seconds=float(sys.argv[2])))
+except PeerError as error:
+    print(f"{type(error).__name__}: {error}")
+    sys.exit(4)
+world.everyone.barrier()
+world.close()
+"""
+
+
+def _start(rank: int, size: int, port: int, timeout: float) -> subprocess.Popen[str]:
+    variables = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM, str(size), str(timeout)],
+        env=os.environ | {name: str(value) for name, value in variables.items()},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_ranks_meet_at_rank_0s_own_store() -> None:
+    """Catches a start that only torchrun's store can serve, whoever comes first."""
+    port = _free_port()
+    ranks = [_start(1, 2, port, 60), _start(0, 2, port, 60)]
+    for rank in ranks:
+        assert rank.communicate(timeout=60) == ("", "")
+        assert rank.returncode == 0
+
+
+def test_rank_0s_own_store_lives_until_all_have_heard() -> None:
+    """Catches a verdict that dies with the store before the others have read it."""
+    port = _free_port()
+    ranks = [_start(rank, 3, port, 4) for rank in (0, 1)]
+    lines = [rank.communicate(timeout=60) for rank in ranks]
+    assert lines[0] == lines[1]
+    assert lines[0][0].startswith("PeerError: rank 2 of 3 did not come within 4 s")
+    assert [rank.returncode for rank in ranks] == [4, 4]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_alone_gives_up_in_time(rank: int) -> None:
+    """Catches a lone rank that waits longer than told, or shows a traceback."""
+    alone = _start(rank, 2, _free_port(), 3)
+    out, err = alone.communicate(timeout=40)
+    assert (alone.returncode, err) == (4, "")
+    assert out.count("\n") == 1
+    expected = "PeerError: rank 1 of 2 did not come" if rank == 0 else "FirstRankError: nobody"
+    assert out.startswith(expected)
