@@ -1,8 +1,8 @@
-"""Taking rows to expert order and weighted rows back, against indexing."""
+"""Taking rows to expert order and (weighted) rows back, against indexing."""
 
 import torch
 
-from kimi_pretrain.ops.permute import take_rows, weighted_rows
+from kimi_pretrain.ops.permute import reorder_rows, summed_rows, take_rows, weighted_rows
 from kimi_pretrain.parallel.dispatch import plan_dispatch
 
 
@@ -40,3 +40,30 @@ def test_bf16_rows_are_weighted_and_summed_in_fp32() -> None:
     got = weighted_rows(rows, weights, plan.order, plan.inverse)
     want = (weights[:, :, None].double() * rows[plan.inverse].double()).sum(1)
     assert (got == want.bfloat16()).double().mean() > 0.999
+
+
+def test_summed_rows_is_a_weighted_sum_with_ones() -> None:
+    """Catches a token that gets another's rows where weights act at the experts."""
+    torch.manual_seed(0)
+    plan = plan_dispatch(torch.tensor([[1, 0], [2, 1], [0, 2]]), 3)
+    rows = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    got = summed_rows(rows, plan.order, plan.inverse)
+    ones = torch.ones(3, 2, dtype=torch.float64)
+    want = weighted_rows(rows, ones, plan.order, plan.inverse)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+    grad = torch.randn(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, rows, grad), torch.autograd.grad(want, rows, grad)
+    )
+
+
+def test_reordering_has_the_inverse_as_its_gradient() -> None:
+    """Catches a backward that permutes the same way once more."""
+    x = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    order = torch.tensor([2, 0, 3, 1])
+    inverse = torch.argsort(order)
+    got = reorder_rows(x, order, inverse)
+    assert torch.equal(got, x[order])
+    grad = torch.randn(4, 2, dtype=torch.float64)
+    (back,) = torch.autograd.grad(got, x, grad)
+    assert torch.equal(back, grad[inverse])

@@ -13,12 +13,12 @@ from kimi_pretrain.train.guards import GuardStop, require_finite, stop_on_signal
 )
 def test_a_step_that_is_not_finite_is_refused(loss: float, norm: float) -> None:
     """Catches comparisons that a NaN passes."""
-    with pytest.raises(GuardStop, match=r"step 7.*a, b, c and 1 more"):
-        require_finite(7, loss, norm, ["a", "b", "c", "d"])
+    with pytest.raises(GuardStop, match=r"step 7.*a, b, c, d, e, f, g, h and 2 more"):
+        require_finite(7, loss, norm, lambda: list("abcdefghij"))
 
 
 def test_a_finite_step_passes() -> None:
-    require_finite(1, 2.0, 0.0, [])
+    require_finite(1, 2.0, 0.0, lambda: pytest.fail("asked for suspects"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
