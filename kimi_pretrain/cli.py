@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from kimi_pretrain import __version__
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.nearest import nearest_name
+from kimi_pretrain.parallel.errors import PeerError, SharedConfigError
 
 USAGE = """\
 usage: kimi-pretrain COMMAND ...
@@ -24,6 +26,8 @@ Completion: eval "$(kimi-pretrain train --shell-completion install=bash)"
 """
 
 EXIT_BAD_INPUT = 2  # docs/exit-codes.md
+EXIT_PEER = 4
+FIRST_RANKS_TURN = 1.0  # seconds
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,9 +50,25 @@ def main(argv: list[str] | None = None) -> int:
             rule = f"the commands are {', '.join(_COMMANDS)}"
             raise ConfigError("command", word, rule, nearest_name(word, _COMMANDS))
         return _COMMANDS[word](rest)
-    except ConfigError as error:
-        print(f"kimi-pretrain: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    except (ConfigError, PeerError) as error:
+        _say(error)
+        return EXIT_PEER if isinstance(error, PeerError) else EXIT_BAD_INPUT
+
+
+def _say(error: ConfigError | PeerError) -> None:
+    """One line for all ranks: rank 0's.
+
+    The others give it time to speak, since a launcher ends all ranks once one of them has
+    ended. Where they are still there then, and their trouble is their own, they speak too.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"kimi-pretrain: {error}", file=sys.stderr, flush=True)
+        return
+    time.sleep(FIRST_RANKS_TURN)
+    shared = error.shared if isinstance(error, PeerError) else isinstance(error, SharedConfigError)
+    if not shared:
+        print(f"kimi-pretrain: rank {rank}: {error}", file=sys.stderr, flush=True)
 
 
 def _command(module: str) -> Callable[[list[str]], int]:

@@ -39,7 +39,7 @@ def read_saved(path: Path) -> dict[str, Any]:
 def require_same_run(config: Config, path: Path) -> None:
     """Raise ConfigError when `config` is not the run that was saved at `path`."""
     saved = _flatten(read_saved(path))
-    current = _flatten(_plain(asdict(config)))
+    current = flat(config)
     for key in sorted(saved.keys() | current.keys()):
         belongs = any(key == identity or key.startswith(identity + ".") for identity in IDENTITY)
         if belongs and key not in _NOT_IDENTITY and saved.get(key) != current.get(key):
@@ -49,6 +49,11 @@ def require_same_run(config: Config, path: Path) -> None:
                 f"{path.parent} was started with {saved.get(key)!r} and its checkpoints mean that",
                 f"{key}={saved.get(key)}, or another run_dir",
             )
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every value of the configuration by its dotted key; lists are values."""
+    return _flatten(_plain(asdict(config)))
 
 
 def _plain(value: Any) -> Any:

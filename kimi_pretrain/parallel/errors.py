@@ -2,13 +2,22 @@
 
 from collections.abc import Sequence
 
+from kimi_pretrain.config.errors import ConfigError
+
 
 class PeerError(RuntimeError):
-    """A peer failed or did not answer in time; the run cannot go on (exit code 4)."""
+    """A peer failed or did not answer in time; the run cannot go on (exit code 4).
+
+    ``shared``: every rank raises the same, so rank 0 speaks for all.
+    """
+
+    def __init__(self, message: str, shared: bool = False) -> None:
+        super().__init__(message)
+        self.shared = shared
 
 
-class FirstRankError(PeerError):
-    """Rank 0, which speaks for all, is the one that did not answer: everyone says so."""
+class SharedConfigError(ConfigError):
+    """A refusal that every rank raises, so rank 0 speaks for all."""
 
 
 def named(ranks: Sequence[int]) -> str:

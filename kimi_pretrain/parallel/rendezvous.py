@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
+from itertools import count
 from typing import Any
 
 from torch.distributed import (  # type: ignore[attr-defined]  # TCPStore is public
@@ -22,11 +23,12 @@ from torch.distributed import (  # type: ignore[attr-defined]  # TCPStore is pub
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from kimi_pretrain.config.errors import ConfigError
-from kimi_pretrain.parallel.errors import FirstRankError, PeerError, first_line, named
+from kimi_pretrain.parallel.errors import PeerError, SharedConfigError, first_line, named
 
 GRACE_SECONDS = 5.0  # for a verdict to travel, once it is due
 LONGEST_PAUSE_SECONDS = 0.5  # between two looks: 4,096 ranks ask the store 8,000 times a second
 _VERDICT, _HEARD = "verdict", "heard"
+_MEETINGS = count()  # every rank of a run holds as many
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,16 @@ def meet(place: Place, timeout: float, facts: Mapping[str, str]) -> Store:
             verdict = _await_verdict(store, timeout)
             store.add(_HEARD, 1)
     except DistError as error:
-        raise FirstRankError(f"the store of the ranks is gone: {first_line(error)}") from error
+        raise PeerError(f"the store of the ranks is gone: {first_line(error)}") from error
     if "missing" in verdict:
-        raise PeerError(verdict["missing"])
+        raise PeerError(verdict["missing"], shared=True)
     if "differs" in verdict:
         what, value, rule, fix = verdict["differs"]
-        raise ConfigError(what, value, rule, fix)
+        raise SharedConfigError(what, value, rule, fix)
     return store
 
 
-def disagreement(facts: Sequence[Mapping[str, str]]) -> ConfigError | None:
+def disagreement(facts: Sequence[Mapping[str, str]]) -> SharedConfigError | None:
     """The first difference between the ranks' facts, each a mapping from key to value.
 
     The line names the key, the most frequent value and the odd one, and the ranks that have
@@ -105,7 +107,7 @@ def disagreement(facts: Sequence[Mapping[str, str]]) -> ConfigError | None:
                 f"{'has' if len(ranks[usual]) == 1 else 'have'} {usual}"
             )
             fix = "one installation and one command line for all ranks"
-            return ConfigError(f"{key} on {named(ranks[odd])}", odd, rule, fix)
+            return SharedConfigError(f"{key} on {named(ranks[odd])}", odd, rule, fix)
     return None
 
 
@@ -119,26 +121,33 @@ def _connect(place: Place, timeout: float) -> Store:
     launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serves = place.rank == 0 and not launchers
     if not serves and not _wait_until(lambda: _answers(host, port), timeout):
-        raise FirstRankError(
+        raise PeerError(
             f"nobody answered at {host}:{port} (MASTER_ADDR, MASTER_PORT) within {timeout:g} s: "
             "rank 0 did not start, or the network does not reach it"
         )
     try:
-        store = TCPStore(
-            host,
-            port,
-            place.world,
-            is_master=serves,
-            timeout=timedelta(seconds=timeout),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
+        store = _store(host, port, place.world, serves, timeout)
     except DistError as error:
         rule = f"the ranks' store is at this port of {host}: {first_line(error)}"
         raise ConfigError("MASTER_PORT", port, rule, "a port that is free") from error
-    # A restarted set of workers must not read what the last one left behind.
+    # Restarted workers, and the next job of a sweep, must not read what was left behind.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"kimi_pretrain/{attempt}", store)
+    return PrefixStore(f"kimi_pretrain/{attempt}/{next(_MEETINGS)}", store)
+
+
+@cache
+def _store(host: str, port: int, world: int, serves: bool, timeout: float) -> Store:
+    """The connection to the store, kept for the life of the process: others may need it."""
+    store: Store = TCPStore(
+        host,
+        port,
+        world,
+        is_master=serves,
+        timeout=timedelta(seconds=timeout),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    return store
 
 
 def _judge(store: Store, world: int, timeout: float) -> dict[str, Any]:
@@ -167,7 +176,7 @@ def _await_verdict(store: Store, timeout: float) -> dict[str, Any]:
     """Rank 0 has as long to come as everyone; its own wait begins only then."""
     for key, seconds in ((_key(0), timeout), (_VERDICT, timeout + GRACE_SECONDS)):
         if not _wait_until(partial(store.check, [key]), seconds):
-            raise FirstRankError(f"rank 0 did not come or decide within {seconds:g} s")
+            raise PeerError(f"rank 0 did not come or decide within {seconds:g} s")
     verdict: dict[str, Any] = json.loads(store.get(_VERDICT))
     return verdict
 

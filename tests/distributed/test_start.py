@@ -42,10 +42,24 @@ def test_rank_0_names_those_who_never_came() -> None:
     assert all(1.5 < seconds < 5 for kind, _, seconds in results if kind == "PeerError")
 
 
+def _meet_twice(rank: int, size: int) -> list[str]:
+    met = []
+    for ep in (1, 2):
+        world = open_world(ParallelConfig(dp=size, ep=ep, timeout_seconds=30))
+        met.append(world.everyone.gather_texts(f"{rank} of {world.topology.ep}")[-1])
+        world.close()
+    return met
+
+
+def test_the_next_job_of_a_sweep_meets_anew() -> None:
+    """Catches a second meeting that reads the first one's reports and verdict."""
+    assert run_ranks(2, _meet_twice) == [["1 of 1", "1 of 2"]] * 2
+
+
 def test_the_others_end_without_rank_0() -> None:
     """Catches ranks that wait for ever for the one that decides."""
     results = run_ranks(3, _meet, (0,), 2.0)
-    assert [kind for kind, _, _ in results] == ["absent", "FirstRankError", "FirstRankError"]
+    assert [kind for kind, _, _ in results] == ["absent", "PeerError", "PeerError"]
     assert all(seconds < 5 for _, _, seconds in results)
 
 
@@ -154,5 +168,5 @@ def test_a_rank_alone_gives_up_in_time(rank: int) -> None:
     out, err = alone.communicate(timeout=40)
     assert (alone.returncode, err) == (4, "")
     assert out.count("\n") == 1
-    expected = "PeerError: rank 1 of 2 did not come" if rank == 0 else "FirstRankError: nobody"
+    expected = "PeerError: rank 1 of 2 did not come" if rank == 0 else "PeerError: nobody"
     assert out.startswith(expected)

@@ -1,0 +1,54 @@
+"""Ranks that differ in a library or in a value are refused with one line, on all of them."""
+
+from kimi_pretrain.config import compose
+from kimi_pretrain.parallel.errors import SharedConfigError
+from kimi_pretrain.parallel.world import open_world
+from kimi_pretrain.train import agreement
+from kimi_pretrain.train.agreement import agreed_run_dir, require_agreement
+from tests.distributed.ranks import run_ranks
+
+
+def _agree(rank: int, size: int, odd: int, override: str, version: str | None) -> str:
+    overrides = ["experiment=smoke", f"parallel.dp={size}", f"run_dir=runs/of-{rank}"]
+    if rank == odd:
+        overrides.append(override)
+        if version is not None:
+            agreement.safetensors.__version__ = version
+    config = compose(overrides)
+    world = open_world(config.parallel)
+    try:
+        require_agreement(world, config)
+        return agreed_run_dir(world, config)
+    except SharedConfigError as error:
+        return str(error)
+    finally:
+        world.close()
+
+
+def test_equal_ranks_take_rank_0s_run_directory() -> None:
+    """Catches run directories that differ by the second in which each rank composed its own."""
+    assert run_ranks(3, _agree, -1, "", None) == ["runs/of-0"] * 3
+
+
+def test_another_value_on_one_rank_is_named() -> None:
+    """Catches one run with two seeds, which trains and is worth nothing."""
+    lines = run_ranks(3, _agree, 1, "seed=7", None)
+    assert len(set(lines)) == 1
+    assert lines[0].startswith(
+        "seed on rank 1: got '7'; every rank must have the same, and ranks 0, 2 have 0; try "
+    )
+
+
+def test_another_library_on_one_rank_is_named() -> None:
+    """Catches checkpoints of one run written by two versions of safetensors."""
+    lines = run_ranks(2, _agree, 1, "seed=0", "0.0.1")
+    assert len(set(lines)) == 1
+    assert lines[0].startswith("version of safetensors on rank 1: got '0.0.1'; ")
+
+
+def test_one_process_agrees_with_itself() -> None:
+    """Catches a single run that gathers from nobody."""
+    config = compose(["experiment=smoke", "run_dir=runs/alone"])
+    world = open_world(config.parallel)
+    require_agreement(world, config)
+    assert agreed_run_dir(world, config) == "runs/alone"
