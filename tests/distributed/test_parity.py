@@ -6,7 +6,6 @@ other are the loss, the norm, every gradient, every updated parameter on every r
 moment, the router's biases and loads, to 1e-9 of a tensor's largest element.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,20 +14,26 @@ import numpy as np
 import pytest
 import torch
 
-from kimi_pretrain.config import compose
 from kimi_pretrain.config.schema import Config
-from kimi_pretrain.data.batches import Batch
 from kimi_pretrain.model.build import from_config
 from kimi_pretrain.model.causal_lm import CausalLM
 from kimi_pretrain.model.names import hf_views
 from kimi_pretrain.model.record import StepRecord
 from kimi_pretrain.optim.registry import build_optimizer
-from kimi_pretrain.parallel.dispatch import dispatcher_of
 from kimi_pretrain.parallel.world import open_world
-from kimi_pretrain.train.step import TrainStep, to_device
+from kimi_pretrain.train.step import to_device
 from tests.distributed.ranks import run_ranks
+from tests.distributed.setting import (
+    LENGTH,
+    RATE,
+    SEQUENCES,
+    batch,
+    configuration,
+    open_step,
+    part_of,
+    put_together,
+)
 
-SEQUENCES, LENGTH, RATE = 16, 12, 1e-2
 LAYOUTS = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 2), (8, 8)]  # (dp, ep)
 TOLERANCE = 1e-9
 
@@ -74,35 +79,9 @@ SCENARIOS = [
 ]
 
 
-def configuration(scenario: Scenario, dp: int = 1, ep: int = 1) -> Config:
+def configured(scenario: Scenario, dp: int = 1, ep: int = 1) -> Config:
     size = 1 if scenario.cut else SEQUENCES // dp
-    return compose(
-        [
-            "experiment=smoke",
-            "precision=fp64",
-            "run_dir=unused",
-            "model.n_routed_experts=8",
-            "model.aux_loss_alpha=0.01",
-            f"schedule.global_batch_size={SEQUENCES}",
-            f"schedule.micro_batch_size={size}",
-            f"parallel.dp={dp}",
-            f"parallel.ep={ep}",
-            "parallel.timeout_seconds=60",
-            *scenario.overrides,
-        ]
-    )
-
-
-def batch() -> Batch:
-    """A global batch whose rows differ in how many labels they have."""
-    rng = np.random.default_rng(0)
-    windows = rng.integers(0, 257, (SEQUENCES, LENGTH + 1))
-    labels = windows[:, 1:].copy()
-    for row in range(SEQUENCES):
-        labels[row, : row % 5] = -100
-    documents = np.zeros((SEQUENCES, LENGTH), np.int32)
-    documents[:, LENGTH // 3 :] = 1
-    return Batch(windows[:, :-1].copy(), labels, documents)
+    return configuration(dp, ep, f"schedule.micro_batch_size={size}", *scenario.overrides)
 
 
 def skew(model: CausalLM) -> None:
@@ -118,7 +97,7 @@ def skew(model: CausalLM) -> None:
 @lru_cache
 def plain(scenario: Scenario) -> dict[str, Any]:
     """One process, torch's autograd and a torch optimizer; whole batch as one microbatch."""
-    config = configuration(scenario)
+    config = configured(scenario)
     torch.set_num_threads(1)
     model = from_config(config.model, dtype=torch.float64)
     if scenario.skewed:
@@ -147,8 +126,8 @@ def plain(scenario: Scenario) -> dict[str, Any]:
         optimizer.observe_max_logits(record.max_logits, record.exact)
         optimizer.step()
         model.update_router_bias(record, config.optimizer.router_bias_rate)
-        losses.append(float(loss))
-        norms.append(float(norm))
+        losses.append(float(loss.detach()))
+        norms.append(float(norm.detach()))
     state = {
         f"{kind}/{name}": view.clone()
         for internal, kind, tensor in optimizer.named_state()
@@ -172,23 +151,17 @@ def plain(scenario: Scenario) -> dict[str, Any]:
 
 def train_as_rank(rank: int, world_size: int, dp: int, ep: int) -> list[dict[str, Any]]:
     """Every scenario in turn on this rank; what it holds of the result."""
-    world = open_world(configuration(SCENARIOS[0], dp, ep).parallel)
+    world = open_world(configured(SCENARIOS[0], dp, ep).parallel)
     assert (world.rank, world.size) == (rank, world_size)
-    return [_run(scenario, configuration(scenario, dp, ep), world) for scenario in SCENARIOS]
+    return [_run(scenario, configured(scenario, dp, ep), world) for scenario in SCENARIOS]
 
 
 def _run(scenario: Scenario, config: Config, world: Any) -> dict[str, Any]:
-    at_experts = config.parallel.router_weights == "before_down"
-    dispatcher = dispatcher_of(world.ep, at_experts)
-    model = from_config(config.model, dtype=torch.float64, dispatcher=dispatcher)
+    step = open_step(config, torch.float64, world)
+    model = step.model
     if scenario.skewed:
         skew(model)
-    step = TrainStep(config, model, world)
-    each = SEQUENCES // world.dp.size
-    first = world.dp.index * each
-    whole = batch()
-    rows = slice(first, first + each)
-    part = Batch(whole.tokens[rows], whole.labels[rows], whole.document_ids[rows])
+    part = part_of(world)
     results = [step.run(number + 1, part, RATE) for number in range(scenario.steps)]
     step.optimizer.buffers.gathered()
     last = results[-1].record
@@ -242,7 +215,7 @@ def _compare(where: str, want: dict[str, Any], ranks: list[dict[str, Any]]) -> N
     held = {name for got in ranks for name in got["parameters"]}
     assert held == want["parameters"].keys(), where
     for what in ("gradients", "state"):
-        whole = dict(_put_together([piece for got in ranks for piece in got[what]]))
+        whole = put_together([piece for got in ranks for piece in got[what]])
         if what == "state":
             whole = {key: t for key, t in whole.items() if not key.startswith("master/")}
         else:
@@ -250,21 +223,6 @@ def _compare(where: str, want: dict[str, Any], ranks: list[dict[str, Any]]) -> N
         assert whole.keys() == want[what].keys(), where
         for key, tensor in whole.items():
             _close(f"{where}: {what} {key}", tensor, want[what][key])
-
-
-def _put_together(pieces: list[tuple[Any, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Whole tensors of all ranks' pieces, each element held exactly once."""
-    tensors: dict[str, torch.Tensor] = {}
-    holders: dict[str, torch.Tensor] = {}
-    for kind, name, shape, start, values in pieces:
-        key = f"{kind}/{name}"
-        tensor = tensors.setdefault(key, torch.zeros(shape, dtype=values.dtype))
-        count = holders.setdefault(key, torch.zeros(shape, dtype=torch.int64))
-        tensor.view(-1)[start : start + values.numel()] = values
-        count.view(-1)[start : start + values.numel()] += 1
-    for key, tensor in tensors.items():
-        assert bool((holders[key] == 1).all()), f"{key} is held twice or not at all"
-        yield key, tensor
 
 
 def _close(what: str, got: torch.Tensor, want: torch.Tensor) -> None:

@@ -1,0 +1,122 @@
+"""What else holds for a step of several ranks: guards, memory, replicas, repetition."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from kimi_pretrain.train.guards import GuardStop
+from tests.distributed.ranks import run_ranks
+from tests.distributed.setting import RATE, configuration, open_step, part_of, put_together
+
+
+def poisoned(rank: int, world_size: int) -> tuple[str, bool]:
+    """Rank 3's gradient of one expert gets an infinity between two microbatches."""
+    config = configuration(world_size, 2, "precision=bf16", "parallel.dense_sharding=flat")
+    step = open_step(config, torch.bfloat16)
+    part = part_of(step.world)
+    step.run(1, part, RATE)
+    step.optimizer.buffers.gathered()
+    before = _everything(step)
+    loss, calls = step.model.loss, []
+
+    def poison(*arguments: Any, **named: Any) -> torch.Tensor:
+        calls.append(1)
+        if rank == 3 and len(calls) == 2:
+            stack = step.model.get_parameter("model.layers.2.mlp.experts.gate_up_proj")
+            stack.main_grad[1, 0, 3, 4] = float("inf")  # type: ignore[attr-defined]
+        result: torch.Tensor = loss(*arguments, **named)
+        return result
+
+    step.model.loss = poison  # type: ignore[method-assign]
+    with pytest.raises(GuardStop) as stopped:
+        step.run(2, part, RATE)
+    same = all(torch.equal(a, b) for a, b in zip(before, _everything(step), strict=True))
+    return str(stopped.value), same and step.optimizer.steps == 1
+
+
+def _everything(step: Any) -> list[torch.Tensor]:
+    weights = [*step.model.parameters(), *step.model.buffers()]
+    return [t.detach().clone() for t in [*weights, *(p.values for p in step.optimizer.pieces())]]
+
+
+def test_an_infinity_on_one_rank_stops_all_and_is_named() -> None:
+    """Catches a verdict of one EP group, an update on the ranks that saw nothing, and a message
+    that names the sum's owner instead of the rank it came from."""
+    messages, unchanged = zip(*run_ranks(4, poisoned), strict=True)
+    assert len(set(messages)) == 1
+    # ep index 1 holds experts 4 to 7: its second one is expert 5
+    assert "rank 3: model.layers.2.mlp.experts.5.gate_proj.weight" in messages[0]
+    assert "rank 0" not in messages[0]
+    assert "rank 1" not in messages[0]
+    assert all(unchanged)
+
+
+def train_bf16(rank: int, world_size: int, ep: int, *overrides: str) -> dict[str, Any]:
+    """Two steps, twice over; weights, state and losses of both times."""
+    config = configuration(world_size, ep, "precision=bf16", *overrides)
+    world = None
+    runs = []
+    for _ in range(2):
+        step = open_step(config, torch.bfloat16, world)
+        world = step.world
+        part = part_of(world)
+        losses = [step.run(number, part, RATE).loss for number in (1, 2)]
+        step.optimizer.buffers.gathered()
+        runs.append((losses, _everything(step)))
+    (losses, first), (losses_again, again) = runs
+    return {
+        "repeats": losses == losses_again
+        and all(torch.equal(a, b) for a, b in zip(first, again, strict=True)),
+        "parameters": {name: p.clone() for name, p in step.model.hf_named_parameters()},
+        "pieces": [tuple(piece) for piece in step.optimizer.pieces()],
+        "state_bytes": sum(
+            shard.master.nbytes + sum(t.nbytes for t in shard.state.values())
+            for shard in step.optimizer.shards
+        ),
+        "muon": sum(p.numel() for n, p in step.model.named_parameters() if _muon(n, p)),
+        "traffic": dict(world.dp.traffic.sent),
+    }
+
+
+def _muon(name: str, parameter: torch.Tensor) -> bool:
+    return parameter.ndim >= 2 and "embed_tokens" not in name and "lm_head" not in name
+
+
+@pytest.mark.parametrize("sharding", ["flat", "aligned"])
+def test_bf16_ranks_repeat_and_agree(sharding: str) -> None:
+    """Catches sums in the order of arrival, replicas that drift apart, parameters that are not
+    their masters rounded, and optimizer state that is held twice."""
+    ranks = run_ranks(4, train_bf16, 2, f"parallel.dense_sharding={sharding}")
+    assert all(got["repeats"] for got in ranks)
+    whole = put_together([piece for got in ranks for piece in got["pieces"]])
+    masters = {k.removeprefix("master/"): t for k, t in whole.items() if k.startswith("master/")}
+    held = set()
+    for got in ranks:
+        for name, parameter in got["parameters"].items():
+            assert torch.equal(parameter, masters[name].bfloat16()), name
+            held.add(name)
+    assert held == masters.keys()
+
+    # Muon: 4 B master and 4 B momentum a parameter, once over the replicas. AdamW: 12 B.
+    elements = sum(t.numel() for t in masters.values())
+    with_momentum = sum(t.numel() for k, t in whole.items() if k.startswith("momentum/"))
+    needed = 8 * with_momentum + 12 * (elements - with_momentum)
+    total = sum(got["state_bytes"] for got in ranks)
+    assert needed <= total
+    if sharding == "flat":
+        assert total <= needed + 12 * 4 * 20  # a few elements of padding in each bucket
+
+
+def test_moments_cover_every_parameter() -> None:
+    """Catches a parameter without state, which would train with its first gradient only."""
+    ranks = run_ranks(2, train_bf16, 1)
+    whole = put_together([piece for got in ranks for piece in got["pieces"]])
+    kinds: dict[str, set[str]] = {}
+    for key in whole:
+        kind, _, name = key.partition("/")
+        kinds.setdefault(name, set()).add(kind)
+    assert {frozenset(k) for k in kinds.values()} == {
+        frozenset({"master", "momentum"}),
+        frozenset({"master", "exp_avg", "exp_avg_sq"}),
+    }
