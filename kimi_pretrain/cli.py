@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -80,6 +81,13 @@ def _command(module: str) -> Callable[[list[str]], int]:
     return run
 
 
+def _train(arguments: list[str]) -> int:
+    from kimi_pretrain.launch.local import launch
+    from kimi_pretrain.train.command import main as train
+
+    return train(arguments, partial(launch, "kimi_pretrain.train"))
+
+
 def _report(arguments: list[str]) -> int:
     if arguments in (["-h"], ["--help"]) or len(arguments) != 1:
         print("usage: kimi-pretrain report RUN_DIR", file=sys.stdout if arguments else sys.stderr)
@@ -95,7 +103,7 @@ def _report(arguments: list[str]) -> int:
 
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _command("kimi_pretrain.train.command"),
+    "train": _train,
     "data": _command("kimi_pretrain.data.commands"),
     "plan": _command("kimi_pretrain.plan.commands"),
     "ckpt": _command("kimi_pretrain.checkpoint.commands"),

@@ -35,24 +35,34 @@ from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.translate import HYDRA_ERRORS, translate
 from kimi_pretrain.config.validate import validate_training
+from kimi_pretrain.parallel.errors import PeerError
 
 SPIN_COUNT = "10000"
 EXIT_SIGNAL = 75  # docs/exit-codes.md: stopped by a signal after a checkpoint
+EXIT_SIGNALLED = 128  # plus a signal's number: it came before there was anything to save
+
+Launch = Callable[[list[str], int], int]  # command line and number of ranks -> exit code
 
 
 class _EndOfSweep(BaseException):
     """Carries a job's refusal or stop through Hydra, which catches every ``Exception``."""
 
-    def __init__(self, reason: ConfigError | int) -> None:
+    def __init__(self, reason: ConfigError | PeerError | int) -> None:
         super().__init__(reason)
         self.reason = reason
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], launch: Launch) -> int:
     """Run the command line ``argv`` (without the word ``train``); returns the exit code.
+
+    Args:
+        argv: Hydra's flags and overrides.
+        launch: starts a job of several ranks, each with the command line it is given; one
+            that is itself such a rank trains.
 
     Raises:
         ConfigError: a flag, a key, a value or a combination that cannot run.
+        PeerError: this is a rank, and another one failed or did not answer in time.
     """
     arguments = get_args(argv)
     _refuse_flags(arguments)
@@ -69,18 +79,23 @@ def main(argv: list[str]) -> int:
         nonlocal composing
         composing = False
         try:
-            codes.append(_train(_job_config(composed)))
-        except ConfigError as error:
+            config = _job_config(composed)
+            ranks = config.parallel.pp * config.parallel.dp
+            if ranks > 1 and "RANK" not in os.environ:
+                codes.append(launch(_rank_arguments(arguments, config), ranks))
+            else:
+                codes.append(_train(config))
+        except (ConfigError, PeerError) as error:
             raise _EndOfSweep(error) from error
-        if codes[-1] == EXIT_SIGNAL:
-            raise _EndOfSweep(EXIT_SIGNAL)
+        if codes[-1] == EXIT_SIGNAL or codes[-1] > EXIT_SIGNALLED:
+            raise _EndOfSweep(codes[-1])
 
     try:
         _hydra_main(job, argv)
     except _EndOfSweep as end:
-        if isinstance(end.reason, ConfigError):
-            raise end.reason from None
-        return end.reason
+        if isinstance(end.reason, int):
+            return end.reason
+        raise end.reason from None
     except HYDRA_ERRORS as error:
         if not composing:
             raise  # a defect of the program, not a mistake in the command line
@@ -151,6 +166,19 @@ def _job_config(composed: DictConfig) -> Config:
     if job.mode == RunMode.MULTIRUN and not _names_run_dir(list(job.overrides.task)):
         composed.run_dir = job.runtime.output_dir
     return to_config(composed)
+
+
+def _rank_arguments(arguments: Namespace, config: Config) -> list[str]:
+    """The command line of each rank of a job: the job's own, its run directory made explicit."""
+    overrides = HydraConfig.get().overrides
+    path = config.run_dir.replace("'", "\\'")
+    return [
+        *(f"--config-dir={folder}" for folder in [arguments.config_dir] if folder),
+        *(f"--config-name={name}" for name in [arguments.config_name] if name),
+        *(text for text in overrides.hydra if text.startswith("hydra.searchpath=")),
+        *(text for text in overrides.task if not _names_run_dir([text])),
+        f"run_dir='{path}'",
+    ]
 
 
 def _train(config: Config) -> int:

@@ -1,0 +1,123 @@
+"""Ranks started here: their exit codes, their signals, and nothing left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kimi_pretrain.launch.agent import verdict
+
+ROOT = Path(__file__).parents[2]
+_PARENT = """\
+import sys
+from kimi_pretrain.launch.local import launch
+code = launch("tests.launch.program", sys.argv[1:], 2)
+assert "torch" not in sys.modules
+sys.exit(code)
+"""
+
+
+def _launch(*arguments: object) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return subprocess.Popen(
+        [sys.executable, "-c", _PARENT, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _alive(process: int) -> bool:
+    """Whether it runs; a zombie that a container's first process never collects does not."""
+    try:
+        return ") Z " not in Path(f"/proc/{process}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def _ranks(folder: Path) -> list[int]:
+    """Process ids of both ranks once they run."""
+    files = [folder / "0", folder / "1"]
+    _until(lambda: all(file.exists() and file.read_text() for file in files))
+    return [int(file.read_text()) for file in files]
+
+
+@pytest.mark.parametrize("code", [0, 2, 3, 75])
+def test_the_ranks_code_is_the_programs(code: int, tmp_path: Path) -> None:
+    """Catches torchrun's own code 1 and its page about failed children."""
+    parent = _launch(f"end{code}", tmp_path, "a b", "key='x'")
+    out, err = parent.communicate(timeout=60)
+    assert (parent.returncode, err) == (code, "")
+    if code == 0:  # otherwise torchrun may have ended rank 0 before it spoke
+        assert out == "2 1 ['a b', \"key='x'\"]\n"
+
+
+def test_a_defect_shows_its_traceback_once(tmp_path: Path) -> None:
+    """Catches a rank's traceback that is swallowed, or survivors that sleep on."""
+    parent = _launch("defect", tmp_path)
+    _, err = parent.communicate(timeout=60)
+    assert parent.returncode == 1
+    assert err.count("Traceback") == 1
+    assert err.strip().endswith("ZeroDivisionError: a defect of rank 1")
+
+
+def test_a_killed_rank_is_named_and_nothing_stays(tmp_path: Path) -> None:
+    """Catches the survivors of a kill -9, and a code that says nothing."""
+    parent = _launch("killed", tmp_path)
+    _, err = parent.communicate(timeout=60)
+    assert parent.returncode == 4
+    assert err == (
+        "kimi-pretrain: rank 1 was killed by SIGKILL (out of memory?); the run has ended\n"
+    )
+    first = tmp_path / "0"
+    assert not first.exists() or not _alive(int(first.read_text()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_every_rank(number: signal.Signals, tmp_path: Path) -> None:
+    """Catches ranks killed before their checkpoint, and one that hears nothing."""
+    parent = _launch("stop", tmp_path)
+    ranks = _ranks(tmp_path)
+    parent.send_signal(number)
+    _, err = parent.communicate(timeout=60)
+    assert (parent.returncode, err) == (75, "")
+    assert not any(map(_alive, ranks))
+    assert (tmp_path / "signals-0").exists()
+    assert (tmp_path / "signals-1").exists()
+
+
+def test_ranks_end_with_their_torchrun(tmp_path: Path) -> None:
+    """Catches orphans that train on after torchrun itself was killed."""
+    parent = _launch("sleep", tmp_path)
+    ranks = _ranks(tmp_path)
+    (agent,) = {int(Path(f"/proc/{rank}/stat").read_text().split()[3]) for rank in ranks}
+    os.kill(agent, signal.SIGKILL)
+    _, err = parent.communicate(timeout=60)
+    assert parent.returncode == 4
+    assert err == "kimi-pretrain: torchrun was killed by SIGKILL; its ranks have ended\n"
+    _until(lambda: not any(map(_alive, ranks)))
+
+
+def test_causes_come_before_what_they_cause() -> None:
+    """Catches a defect reported as a lost peer, and a signal to stop reported as a kill."""
+    assert verdict({0: 4, 3: 1}) == (1, "")
+    assert verdict({0: 4, 3: 75}) == (4, "")
+    assert verdict({2: 2}) == (2, "")
+    assert verdict({0: -15, 1: -15}) == (143, "")
+    assert verdict({0: 4, 1: -11})[0] == 4
+    assert verdict({0: -9, 1: -9})[1].startswith("rank 0 was killed by SIGKILL")
+    assert verdict({1: 9}) == (9, "")
