@@ -110,6 +110,26 @@ def test_lending_ends_where_it_would_move_the_peak() -> None:
     assert imbalance(layout) == pytest.approx(4 / 3)
 
 
+def test_nobody_lends_for_a_few_percent() -> None:
+    """Catches bytes that travel every step for less than an expert matrix is worth."""
+    experts = Spec("experts", (161, 4, 4), muon=True, expert=True)
+    layout = plan_layout([experts], edp=4, ep=1)  # 41, 41, 41 and 38 matrices
+    assert imbalance(layout) == pytest.approx(41 / 40.25)
+    assert not lent(layout)
+
+
+def test_the_matrix_that_evens_out_most_is_lent() -> None:
+    """Catches many small loans where one will do."""
+    specs = [
+        Spec("o_proj", (16, 16), muon=True, expert=False),
+        Spec("small", (8, 8, 8), muon=True, expert=True),
+        Spec("half", (4, 8, 44), muon=True, expert=True),  # costs half an o_proj
+    ]
+    layout = plan_layout(specs, edp=2, ep=1, dense="flat")
+    assert sum(lent(layout).values()) == 1
+    assert imbalance(layout) == 1.0
+
+
 def test_of_idle_ranks_the_one_in_the_idlest_edp_group_is_chosen() -> None:
     """Catches costly matrices that gather in one edp group, which then has all the lending."""
     sides = (9, 5, 5)
