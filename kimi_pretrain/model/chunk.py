@@ -31,9 +31,7 @@ class Embedding(nn.Module):
 class Backbone(nn.Module):
     """``model``: embedding (first chunk), layers by their global index, final norm (last chunk)."""
 
-    def __init__(
-        self, cfg: ModelConfig, layers: range, dtype: torch.dtype, experts: range
-    ) -> None:
+    def __init__(self, cfg: ModelConfig, layers: range, dtype: torch.dtype, experts: range) -> None:
         super().__init__()
         if layers.start == 0:
             self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, dtype)

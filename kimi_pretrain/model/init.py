@@ -10,9 +10,7 @@ from kimi_pretrain.model.names import hf_views
 
 
 @torch.no_grad()
-def initialise(
-    module: nn.Module, cfg: ModelConfig, seed: int = 0, first_expert: int = 0
-) -> None:
+def initialise(module: nn.Module, cfg: ModelConfig, seed: int = 0, first_expert: int = 0) -> None:
     """Fill every parameter and buffer of ``module`` in place.
 
     Matrices are normal with deviation ``initializer_range``, norms one, the router's bias

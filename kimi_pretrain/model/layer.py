@@ -108,9 +108,7 @@ class Layer(nn.Module):
         routed = attended.routed
         if routed is None:
             return Dispatched(attended, None)
-        return Dispatched(
-            attended, dispatcher.dispatch(routed.rows, routed.weights, routed.plan)
-        )
+        return Dispatched(attended, dispatcher.dispatch(routed.rows, routed.weights, routed.plan))
 
     def expert(self, dispatched: Dispatched) -> Processed:
         """Routed experts on what arrived; the dense or shared MLP on this rank's tokens."""

@@ -55,9 +55,7 @@ class MoE(nn.Module):
     def __init__(self, cfg: ModelConfig, dtype: torch.dtype, experts: range) -> None:
         super().__init__()
         self.gate = Router(cfg, dtype)
-        self.experts = Experts(
-            len(experts), cfg.hidden_size, cfg.moe_intermediate_size, dtype
-        )
+        self.experts = Experts(len(experts), cfg.hidden_size, cfg.moe_intermediate_size, dtype)
         self.shared_experts = DenseMLP(
             cfg.hidden_size, cfg.moe_intermediate_size * cfg.n_shared_experts, dtype
         )

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kimi_pretrain.ops.precision import accumulate_dtype
 from kimi_pretrain.optim.buckets import Matrix
 from kimi_pretrain.optim.buffers import BucketBuffers
 from kimi_pretrain.optim.exchange import Exchange, Segment, plan_exchange
@@ -30,7 +29,7 @@ class Shard:
     def __init__(self, buffers: BucketBuffers, ep_index: int, settings: Settings) -> None:
         self.buffers, self.bucket, self.settings = buffers, buffers.bucket, settings
         self.exchange: Exchange | None = None
-        kinds = ("exp_avg", "exp_avg_sq")
+        kinds: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
         if self.bucket.kind != "adamw":
             kinds = ("momentum",)
             self.exchange = plan_exchange(self.bucket, buffers.group.index, ep_index)
@@ -55,7 +54,8 @@ class Shard:
     def squared_norm(self) -> Tensor:
         """Sum of squares of the gradients' sums in this shard, float64."""
         shard = self.buffers.gradient_shard
-        return torch.linalg.vector_norm(shard, dtype=torch.float64).square()
+        norm: Tensor = torch.linalg.vector_norm(shard, dtype=torch.float64)
+        return norm.square()
 
     def round_master(self) -> None:
         """The parameters of this shard from their master."""
@@ -68,9 +68,7 @@ class Shard:
     def send_updates(self) -> None:
         """Momentum on what travels, and its departure to the owners."""
         assert self.exchange is not None
-        leaving = [
-            self._update_direction(segment) for to in self.exchange.send for segment in to
-        ]
+        leaving = [self._update_direction(segment) for to in self.exchange.send for segment in to]
         dtype = self.settings.ns_dtype
         out = torch.cat(leaving) if leaving else self.master.new_empty(0, dtype=dtype)
         self._arrived = out.new_empty(_total(self.exchange.receive))
@@ -159,7 +157,11 @@ class Shard:
             matrix = self.bucket.matrices[number]
             last = runs[-1][-1] if runs else None
             follows = last is not None and last.stop == matrix.offset
-            if last is not None and follows and (last.rows, last.cols) == (matrix.rows, matrix.cols):
+            if (
+                last is not None
+                and follows
+                and (last.rows, last.cols) == (matrix.rows, matrix.cols)
+            ):
                 runs[-1].append(matrix)
             else:
                 runs.append([matrix])
@@ -176,9 +178,9 @@ class Shard:
             )
         return stacks
 
-    def _by_shape(self, numbers: dict[int, list[tuple[slice, Segment]]]) -> dict[
-        tuple[int, int], list[int]
-    ]:
+    def _by_shape(
+        self, numbers: dict[int, list[tuple[slice, Segment]]]
+    ) -> dict[tuple[int, int], list[int]]:
         shapes: dict[tuple[int, int], list[int]] = defaultdict(list)
         for number in sorted(numbers):
             matrix = self.bucket.matrices[number]

@@ -27,6 +27,9 @@ from torch import Tensor
 
 from kimi_pretrain.parallel.errors import PeerError, first_line
 
+# torch 2.13 renamed them and warns of the old names at every call.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -152,9 +155,7 @@ class Group:
         if input.device.type != "cpu":
             return self._start(
                 "reduce_scatter",
-                lambda: dist.reduce_scatter_tensor(
-                    output, input, group=self.process_group, async_op=True
-                ),
+                lambda: _reduce_scatter(output, input, group=self.process_group, async_op=True),
             )
         arrived = torch.empty_like(input)
 
@@ -182,7 +183,7 @@ class Group:
         self.traffic.count("all_gather", input.nbytes * (self.size - 1))
         return self._start(
             "all_gather",
-            lambda: dist.all_gather_into_tensor(
+            lambda: _all_gather(
                 _plain(output), _plain(input), group=self.process_group, async_op=True
             ),
         )

@@ -18,16 +18,19 @@ def evaluate_run(run: Run) -> Evaluation:
         run.heldout,
         run.data.tokenizer.byte_lengths(),
         run.config.optimizer.qk_clip_threshold,
+        run.world.dp,
     )
 
 
 def finish(run: Run, evaluation: Evaluation | None) -> None:
     """Draw a sample, write the summary and show it; `evaluation` is of the last step.
 
-    A run that had already ended keeps its summary: starting it again changes nothing.
+    A run that had already ended keeps its summary: starting it again changes nothing. Every
+    rank comes here; the first one writes.
     """
     path = Path(run.directory) / "summary.json"
-    if path.exists() and run.first_step >= run.total_steps:
+    (written, *_) = run.world.everyone.gather_texts("written" if path.exists() else "")
+    if written and run.first_step >= run.total_steps:
         run.console.note("this run was complete; its summary is unchanged")
         run.console.finish(json.loads(path.read_text()))
         return
@@ -40,7 +43,7 @@ def finish(run: Run, evaluation: Evaluation | None) -> None:
         "heldout_loss": evaluation.loss,
         "bits_per_byte": evaluation.bits_per_byte,
         "domains": evaluation.domain_losses,
-        "bigram_loss": _bigram_loss(run) if run.config.schedule.bigram_baseline else None,
+        "bigram_loss": _bigram_loss(run) if _wants_bigram(run) else None,
         "qk_clip_last_step": run.train_step.optimizer.qk_clip_metrics["last_step"],
     }
     summary |= _sample(run)
@@ -48,11 +51,15 @@ def finish(run: Run, evaluation: Evaluation | None) -> None:
     run.console.finish(summary)
 
 
+def _wants_bigram(run: Run) -> bool:
+    return run.world.is_first and run.config.schedule.bigram_baseline
+
+
 def _bigram_loss(run: Run) -> float:
     """Nats a token of a bigram model fitted to exactly the tokens this run was trained on."""
     bigram = Bigram(run.config.model.vocab_size)
     size = run.config.schedule.global_batch_size
-    with run.stream(first_sample=0, count=size) as batches:
+    with run.stream(first_sample=0, count=size, stride=size) as batches:
         for _ in range(run.total_steps):
             bigram.update(next(batches))
     return bigram.loss([batch for _, batch in run.heldout])
@@ -72,5 +79,6 @@ def _sample(run: Run) -> dict[str, Any]:
         context=run.config.data.sequence_length,
         vocabulary=tokenizer.vocab_size,
         stop=tokenizer.eod_id,
+        ranks=run.world.everyone,
     )
     return {"prompt": tokenizer.decode(prompt), "sample": tokenizer.decode(continuation)}

@@ -11,6 +11,7 @@ from torch import Tensor
 from kimi_pretrain.data.batches import Batch
 from kimi_pretrain.model.causal_lm import CausalLM
 from kimi_pretrain.model.record import StepRecord
+from kimi_pretrain.parallel.collectives import Group
 from kimi_pretrain.train.step import to_device
 
 
@@ -30,32 +31,42 @@ def evaluate(
     batches: Sequence[tuple[str, Batch]],
     byte_lengths: np.ndarray,
     tau: float | None,
+    replicas: Group | None = None,
 ) -> Evaluation:
-    """Loss of `model` on held-out (domain, batch) pairs.
+    """Loss of `model` on held-out (domain, batch) pairs, the same on every rank.
 
     `byte_lengths` [vocabulary] says how many bytes of text a token stands for; bits a byte
-    do not depend on the tokenizer, so that runs with different ones compare.
+    do not depend on the tokenizer, so that runs with different ones compare. `replicas`
+    share the batches out; every one of them must come here with the same ones.
     """
+    replicas = replicas or Group("dp")
     parameter = next(model.parameters())
     record = StepRecord.for_model(
         model.config, tau=tau, exact=True, device=parameter.device, dtype=torch.float64
     )
-    nats: dict[str, float] = {}
-    labels: dict[str, int] = {}
-    text_bytes = 0
-    for domain, batch in batches:
+    domains = list(dict.fromkeys(domain for domain, _ in batches))
+    sums = torch.zeros(len(domains), 3, dtype=torch.float64)  # nats, labels, bytes of text
+    # Experts on several ranks need as many forwards on each: who has none left repeats one.
+    for number in range(-(-len(batches) // replicas.size)):
+        index = number * replicas.size + replicas.index
+        domain, batch = batches[index % len(batches)]
         rows = to_device(batch, slice(None), parameter.device)
         loss = model.loss(
             rows.tokens, rows.labels, record=record, document_ids=rows.document_ids, denominator=1
         )
-        predicted = batch.labels[batch.labels >= 0]
-        nats[domain] = nats.get(domain, 0.0) + float(loss)
-        labels[domain] = labels.get(domain, 0) + len(predicted)
-        text_bytes += int(byte_lengths[predicted].sum())
-    total = sum(nats.values())
+        if index < len(batches):
+            predicted = batch.labels[batch.labels >= 0]
+            counted = [float(loss), len(predicted), int(byte_lengths[predicted].sum())]
+            sums[domains.index(domain)] += torch.tensor(counted, dtype=torch.float64)
+    sums = sums.to(parameter.device)
+    for flight in (replicas.all_reduce_sum(sums), replicas.all_reduce_max(record.max_logits)):
+        flight.wait()
+    nats, labels, text_bytes = sums.sum(dim=0).tolist()
     return Evaluation(
-        loss=total / sum(labels.values()),
-        bits_per_byte=total / math.log(2) / text_bytes,
-        domain_losses={domain: nats[domain] / labels[domain] for domain in nats},
+        loss=nats / labels,
+        bits_per_byte=nats / math.log(2) / text_bytes,
+        domain_losses={
+            domain: row[0] / row[1] for domain, row in zip(domains, sums.tolist(), strict=True)
+        },
         max_logits=record.max_logits,
     )

@@ -7,11 +7,13 @@ weights, the optimizer state and one integer, and continues bitwise.
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.data.batches import Batch
 from kimi_pretrain.optim.lr import learning_rate
+from kimi_pretrain.parallel.world import open_world
 from kimi_pretrain.train.ending import evaluate_run, finish
 from kimi_pretrain.train.evaluate import Evaluation
 from kimi_pretrain.train.guards import (
@@ -30,21 +32,22 @@ from kimi_pretrain.train.step import StepResult
 def train(config: Config) -> int:
     """Train until the schedule's end; returns the process's exit code (docs/exit-codes.md).
 
-    Raises ConfigError, before anything is trained, for what only the data, the run
-    directory or an optional package can show to be wrong.
+    Raises:
+        ConfigError: on all ranks, before anything is trained, for what only the other ranks,
+            the data, the run directory or an optional package can show to be wrong.
+        PeerError: another rank failed or did not answer in time.
     """
-    run = open_run(config)
-    with stop_on_signal() as stop:
-        try:
-            code, evaluation = _steps(run, stop)
-            if code == EXIT_DONE:
-                finish(run, evaluation)
-        except GuardStop as reason:
-            run.console.note(f"stopped by a guard: {reason}")
-            code = EXIT_GUARD
-        finally:
-            run.close()
-        if code == EXIT_DONE and config.logging.report:
+    with closing(open_world(config.parallel)) as world, stop_on_signal() as stop:
+        run = open_run(config, world)
+        with run:
+            try:
+                code, evaluation = _steps(run, stop)
+                if code == EXIT_DONE:
+                    finish(run, evaluation)
+            except GuardStop as reason:
+                run.console.note(f"stopped by a guard: {reason}")
+                code = EXIT_GUARD
+        if code == EXIT_DONE and config.logging.report and world.is_first:
             _report(run)
     return code
 
@@ -59,17 +62,24 @@ def _steps(run: Run, stop: StopRequest) -> tuple[int, Evaluation | None]:
     evaluation = None
     for step, batch, started in _batches(run):
         rate = learning_rate(every, run.config.optimizer.lr, run.tokens_per_step, step - 1)
-        result = run.train_step.run(step, batch, rate)
+        result = run.train_step.run(step, batch, rate, bool(stop))
+        # Several ranks stop together, at the step for which one of them asked in time.
+        stopping = bool(stop) if run.world.size == 1 else result.stop
         _log_step(run, step, result, rate, time.perf_counter() - started)
         last = step == run.total_steps
         if last or (every.eval_interval and step % every.eval_interval == 0):
             evaluation = evaluate_run(run)
             _log_evaluation(run, step, evaluation)
-        if stop or last or (every.checkpoint_interval and step % every.checkpoint_interval == 0):
+        if (
+            stopping
+            or last
+            or (every.checkpoint_interval and step % every.checkpoint_interval == 0)
+        ):
             run.save(step)
-        if stop and not last:
+        if stopping and not last:
+            reason = stop.signal_name or "a signal to another rank"
             run.console.note(
-                f"{stop.signal_name}: stopped after step {step} with a checkpoint; "
+                f"{reason}: stopped after step {step} with a checkpoint; "
                 f"go on with run_dir={run.directory}"
             )
             return EXIT_SIGNAL, None
@@ -77,12 +87,15 @@ def _steps(run: Run, stop: StopRequest) -> tuple[int, Evaluation | None]:
 
 
 def _batches(run: Run) -> Iterator[tuple[int, Batch, float]]:
-    """(step, global batch, when waiting for it began) from the first step that is not done.
+    """(step, this replica's part of its batch, when waiting for it began), from the first step
+    that is not done.
 
     Steps count from 1. A step's seconds include the wait for its data.
     """
     size = run.config.schedule.global_batch_size
-    with run.stream(first_sample=run.first_step * size, count=size) as batches:
+    part = size // run.world.dp.size
+    first = run.first_step * size + run.world.dp.index * part
+    with run.stream(first_sample=first, count=part, stride=size) as batches:
         for step in range(run.first_step + 1, run.total_steps + 1):
             started = time.perf_counter()
             yield step, next(batches), started

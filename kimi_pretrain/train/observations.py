@@ -41,7 +41,7 @@ class Observations:
         record.max_logits.copy_(largest)
         record.exact.copy_((largest == exact) & torch.isfinite(exact))
         layers, counts = record.aux_loss.numel(), record.expert_counts
-        loss, aux, slots, others = self._sums.split([1, layers, counts.numel(), 2])
+        loss, aux, slots, others = torch.split(self._sums, [1, layers, counts.numel(), 2])
         record.aux_loss.copy_(aux)
         counts.copy_(slots.view_as(counts))
         tokens, stops = others.tolist()

@@ -2,51 +2,54 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import torch
 
-from kimi_pretrain.checkpoint.state import restore, snapshot
-from kimi_pretrain.checkpoint.store import (
-    CheckpointError,
-    checkpoint_step,
-    latest_verified,
-    list_checkpoints,
-    remove_unfinished,
-)
+from kimi_pretrain.checkpoint.state import snapshot
 from kimi_pretrain.checkpoint.writer import CheckpointWriter
 from kimi_pretrain.config.errors import ConfigError
-from kimi_pretrain.config.saved import require_same_run, save_config
+from kimi_pretrain.config.saved import save_config
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.data.batches import Batch, Prefetcher, TrainStream, heldout_windows
 from kimi_pretrain.data.corpus import ensure
 from kimi_pretrain.data.lock import exclusive
 from kimi_pretrain.data.prepared import PreparedData
 from kimi_pretrain.data.progress import console as progress_display
+from kimi_pretrain.data.progress import silent
 from kimi_pretrain.model.build import from_config
 from kimi_pretrain.model.causal_lm import CausalLM
 from kimi_pretrain.ops.precision import resolve
 from kimi_pretrain.optim.lr import total_steps
-from kimi_pretrain.optim.registry import build_optimizer
+from kimi_pretrain.parallel.dispatch import dispatcher_of
+from kimi_pretrain.parallel.errors import PeerError
+from kimi_pretrain.parallel.world import World
 from kimi_pretrain.plan.flops import training_flops_per_token
 from kimi_pretrain.plan.parameters import count_parameters
 from kimi_pretrain.telemetry.console import Console
 from kimi_pretrain.telemetry.quantities import count as written
 from kimi_pretrain.telemetry.sinks import Sinks, check_sinks, open_sinks
+from kimi_pretrain.train.agreement import agreed_run_dir, require_agreement
+from kimi_pretrain.train.resume import CONFIG, restore_latest
 from kimi_pretrain.train.step import TrainStep
 from kimi_pretrain.train.throughput import measure_matmul_peak
-
-CONFIG = "config.yaml"
+from kimi_pretrain.train.together import together
 
 
 @dataclass
 class Run:
-    """Everything the loop needs, opened; `first_step` steps are already done."""
+    """Everything the loop needs, opened; `first_step` steps are already done.
+
+    Every rank has one. Only the first one's console, sinks and lock do anything.
+    """
 
     config: Config
     directory: Path
+    world: World
     data: PreparedData
     heldout: list[tuple[str, Batch]]  # (domain, windows)
     model: CausalLM
@@ -62,10 +65,15 @@ class Run:
     opened: float  # time.perf_counter() when assembly began
     lock: ExitStack  # held until the run is closed
 
-    def stream(self, first_sample: int, count: int) -> AbstractContextManager[Iterator[Batch]]:
-        """Global batches of `count` samples from `first_sample` on, read ahead by a thread."""
+    def stream(
+        self, first_sample: int, count: int, stride: int
+    ) -> AbstractContextManager[Iterator[Batch]]:
+        """`count` samples from `first_sample` on, then from `stride` further, and so on.
+
+        Read ahead by a thread.
+        """
         stream = TrainStream(self.data, self.config.data, self.config.seed)
-        return Prefetcher(stream, count, first_sample)
+        return Prefetcher(stream, count, first_sample, stride)
 
     def save(self, step: int) -> None:
         """Checkpoint the state after `step` in the background."""
@@ -74,10 +82,23 @@ class Run:
             "tokens": step * self.tokens_per_step,
             "dtype": str(next(self.model.parameters()).dtype),
         }
-        self.writer.save(step, snapshot(self.model, self.train_step.optimizer, state))
+        share = snapshot(
+            self.model, self.train_step.optimizer, state, self.world.rank, self.world.size
+        )
+        self.writer.save(step, share)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         """Put the last checkpoint and every row on disk."""
+        if isinstance(error, PeerError):
+            self.writer.abandon()  # the missing rank's files will not come
         try:
             self.writer.close()
         finally:
@@ -86,32 +107,42 @@ class Run:
             self.lock.close()
 
 
-def open_run(config: Config) -> Run:
+def open_run(config: Config, world: World) -> Run:
     """Assemble the run of `config` and restore its last verified checkpoint, if any.
 
-    Raises ConfigError when the data does not fit the model, the run directory belongs to
-    another run, or an optional package of a chosen sink is missing.
+    Raises:
+        ConfigError: on every rank, when ranks differ, the data does not fit the model, the
+            run directory belongs to another run, or an optional package of a chosen sink
+            is missing.
     """
     opened = time.perf_counter()
+    require_agreement(world, config)
+    config = replace(config, run_dir=agreed_run_dir(world, config))
+    if not world.is_first:
+        config = replace(config, logging=replace(config.logging, console="off"))
     directory = Path(config.run_dir)
     console = Console(config.logging)
-    lock = _lock(directory)
-    check_sinks(config)
-    with progress_display() as progress:
-        data = ensure(config.data, progress)
-    _require_vocabulary(config, data)
-    dtype = resolve(config.precision)
-    device = _device()
-    model = from_config(config.model, dtype=dtype, device=device, seed=config.seed)
-    optimizer = build_optimizer(config.optimizer, config.model, model.named_parameters())
-    train_step = TrainStep(config, model, optimizer)
-    first_step = _restore(config, directory, train_step, console)
-    save_config(config, directory / CONFIG)
+    lock = together(world, lambda: _lock(directory) if world.is_first else ExitStack())
+    data = together(world, lambda: _data(config, world))
+    dtype, device = resolve(config.precision), world.device
+    at_experts = config.parallel.router_weights == "before_down"
+    model = from_config(
+        config.model,
+        dtype=dtype,
+        device=device,
+        seed=config.seed,
+        dispatcher=dispatcher_of(world.ep, at_experts),
+    )
+    train_step = TrainStep(config, model, world)
+    first_step = restore_latest(config, directory, train_step, console)
+    if world.is_first:
+        save_config(config, directory / CONFIG)
     tokens_per_step = config.schedule.global_batch_size * config.data.sequence_length
-    sinks = open_sinks(config, directory, first_step)
+    sinks = open_sinks(config, directory, first_step) if world.is_first else Sinks([])
     run = Run(
         config=config,
         directory=directory,
+        world=world,
         data=data,
         heldout=list(
             heldout_windows(
@@ -123,19 +154,25 @@ def open_run(config: Config) -> Run:
         ),
         model=model,
         train_step=train_step,
-        writer=CheckpointWriter(directory / "checkpoints", config.schedule.keep_checkpoints),
+        writer=CheckpointWriter(
+            directory / "checkpoints",
+            config.schedule.keep_checkpoints,
+            world.rank,
+            world.size,
+            config.parallel.timeout_seconds,
+        ),
         sinks=sinks,
         console=console,
         first_step=first_step,
         total_steps=total_steps(config.schedule, tokens_per_step),
         tokens_per_step=tokens_per_step,
         flops_per_token=training_flops_per_token(config.model, config.data.sequence_length),
-        peak_flops=config.cluster.peak_flops or measure_matmul_peak(dtype, device),
+        peak_flops=_peak_flops(config, world, dtype),
         opened=opened,
         lock=lock,
     )
-    _require_heldout(run)
-    _require_samples(run)
+    together(world, lambda: _require_heldout(run))
+    together(world, lambda: _require_samples(run))
     console.start(run.total_steps, first_step, _facts(run, dtype, device))
     return run
 
@@ -150,9 +187,36 @@ def _facts(run: Run, dtype: torch.dtype, device: torch.device) -> dict[str, str]
         f"{count.active_with_head / 1e6:,.1f}M active a token (head included)",
         "data": f"{', '.join(run.data.domains)}; {run.data.tokenizer.vocab_size:,} token ids",
         "steps": f"{run.total_steps:,} x {run.tokens_per_step:,} tokens = {written(tokens)}",
+        **_ranks(run),
         "precision": f"{str(dtype).removeprefix('torch.')} on {device}, "
         f"{torch.get_num_threads()} threads, matmul peak {run.peak_flops / 1e9:,.0f} GFLOP/s",
     }
+
+
+def _ranks(run: Run) -> dict[str, str]:
+    topology = run.world.topology
+    if topology.world == 1:
+        return {}
+    return {
+        "ranks": f"{topology.world}: {topology.dp} replicas of the dense parameters, experts over "
+        f"{topology.ep}, {topology.edp} replicas of each"
+    }
+
+
+def _data(config: Config, world: World) -> PreparedData:
+    """The corpus, checked against the model; built by one rank, the others wait for it."""
+    check_sinks(config)
+    with progress_display() if world.is_first else nullcontext(silent) as progress:
+        data = ensure(config.data, progress)
+    _require_vocabulary(config, data)
+    return data
+
+
+def _peak_flops(config: Config, world: World, dtype: torch.dtype) -> float:
+    """Of all ranks together; measured on the first, which alone reports it."""
+    if config.cluster.peak_flops:
+        return config.cluster.peak_flops * world.size
+    return measure_matmul_peak(dtype, world.device) * world.size if world.is_first else 1.0
 
 
 def _lock(directory: Path) -> ExitStack:
@@ -198,12 +262,6 @@ def _require_samples(run: Run) -> None:
         )
 
 
-def _device() -> torch.device:
-    if torch.accelerator.is_available():
-        return torch.device(torch.accelerator.current_accelerator() or "cpu")
-    return torch.device("cpu")
-
-
 def _require_vocabulary(config: Config, data: PreparedData) -> None:
     if data.tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -213,54 +271,3 @@ def _require_vocabulary(config: Config, data: PreparedData) -> None:
             "every id needs an embedding",
             f"model.vocab_size={data.tokenizer.vocab_size}",
         )
-
-
-def _restore(config: Config, directory: Path, train_step: TrainStep, console: Console) -> int:
-    """Load the newest checkpoint that verifies; the number of steps that are done."""
-    root = directory / "checkpoints"
-    remove_unfinished(root)
-    found = list_checkpoints(root)
-    if not found:
-        if (directory / "summary.json").exists():
-            raise ConfigError(
-                "run_dir",
-                config.run_dir,
-                "it holds a finished run whose checkpoints are gone, and starting over would "
-                "replace its record",
-                "another run_dir",
-            )
-        return 0
-    if not config.resume:
-        raise ConfigError(
-            "run_dir",
-            config.run_dir,
-            f"it holds checkpoints up to step {checkpoint_step(found[0])} and resume=false "
-            "must not overwrite them",
-            "another run_dir, or resume=true to go on",
-        )
-    require_same_run(config, directory / CONFIG)
-    latest = latest_verified(root, lambda error: console.note(f"skipped a checkpoint: {error}"))
-    if latest is None:
-        raise ConfigError(
-            "run_dir",
-            config.run_dir,
-            f"none of its {len(found)} checkpoints verifies and a resume must not start over",
-            "another run_dir, or a copy of the checkpoints that is whole",
-        )
-    try:
-        state = restore(latest, train_step.model, train_step.optimizer)
-    except CheckpointError as error:
-        raise ConfigError(
-            "checkpoint", str(latest), str(error), "the configuration it was written with"
-        ) from error
-    dtype = str(next(train_step.model.parameters()).dtype)
-    if state["dtype"] != dtype:
-        raise ConfigError(
-            "precision",
-            config.precision,
-            f"it means {dtype} on this machine and the checkpoints of {directory} were trained "
-            f"in {state['dtype']}",
-            "precision=bf16, fp32 or fp64, as the run was started",
-        )
-    console.note(f"resumed from {latest} ({state['tokens']:,} tokens)")
-    return int(state["step"])

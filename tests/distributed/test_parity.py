@@ -179,7 +179,7 @@ def _run(scenario: Scenario, config: Config, world: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("dp", "ep"), LAYOUTS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("dp", "ep"), LAYOUTS, ids=str)
 def test_ranks_train_as_one_process(dp: int, ep: int) -> None:
     """Catches gradients scaled by ep or dp, a norm of each EP group, shards updated twice or
     never, matrices put together in the wrong order, heads clipped by a local maximum, counts

@@ -1,0 +1,35 @@
+"""Steps of a start that may fail on one rank, and then must fail on all of them."""
+
+import json
+from collections.abc import Callable
+from typing import TypeVar
+
+from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.parallel.world import World
+
+T = TypeVar("T")
+
+
+def together(world: World, action: Callable[[], T]) -> T:
+    """Run ``action`` on every rank; all go on, or all raise the first rank's ConfigError.
+
+    A rank that gave up by itself would leave the others waiting for it until their deadline.
+    """
+    failure: ConfigError | None = None
+    result: list[T] = []
+    try:
+        result.append(action())
+    except ConfigError as error:
+        failure = error
+    told = "" if failure is None else json.dumps(_parts(failure))
+    failures = [text for text in world.everyone.gather_texts(told) if text]
+    if failure is not None:
+        raise failure
+    if failures:
+        raise ConfigError(*json.loads(failures[0]))
+    return result[0]
+
+
+def _parts(error: ConfigError) -> list[object]:
+    plain = isinstance(error.value, str | int | float | bool | None)
+    return [error.what, error.value if plain else repr(error.value), error.rule, error.fix]
