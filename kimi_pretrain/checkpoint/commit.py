@@ -64,8 +64,9 @@ def commit(
     temporary = root / f"{WRITING}{final.name}"
     temporary.mkdir(parents=True, exist_ok=True)
     files = {name: _described(temporary / name) for name in write(temporary)}
-    _put_json(temporary / _part_name(rank, world), files)
     _flush(temporary)
+    # The last touch of a rank other than 0: the directory may have its new name right after.
+    _put_json(temporary / _part_name(rank, world), files)
     if rank != 0:
         return final
     _await_parts(temporary, world, deadline, abandoned or threading.Event())

@@ -92,6 +92,21 @@ def test_a_known_failure_ends_the_wait(tmp_path: Path) -> None:
         commit(tmp_path, 8, _write(0, 2), 0, 2, deadline=600.0, abandoned=abandoned)
 
 
+def test_the_part_is_a_ranks_last_touch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a rank that still looks for the directory which rank 0 has renamed meanwhile."""
+    rename = Path.rename
+
+    def rank_0_is_quick(self: Path, target: Path) -> Path:
+        renamed = rename(self, target)
+        if target.name.startswith("part-00002"):
+            rename(target.parent, tmp_path / "step-00000008")
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", rank_0_is_quick)
+    commit(tmp_path, 8, _write(1, 2), 1, 2)
+    assert (tmp_path / "step-00000008").is_dir()
+
+
 def test_a_part_is_of_this_world(tmp_path: Path) -> None:
     """Catches the part of another number of ranks taken for one of this run."""
     commit(tmp_path, 8, _write(1, 3), 1, 3)
