@@ -1,0 +1,105 @@
+"""A run of several ranks goes on at the same layout bitwise, at any other to 1e-9."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kimi_pretrain.config import compose
+from tests.distributed.ranks import run_ranks
+
+STEPS, HALF = 6, 3
+TIMING = {"step_seconds", "tokens_per_second", "mfu"}
+
+
+def train_as_rank(rank: int, world_size: int, run_dir: str, ep: int, steps: int) -> int:
+    """The whole program on this rank; its exit code."""
+    from kimi_pretrain.train.loop import train
+
+    return train(
+        compose(
+            [
+                "experiment=smoke",
+                "precision=fp64",
+                "model.n_routed_experts=8",
+                "schedule.global_batch_size=8",
+                "schedule.micro_batch_size=1",
+                f"schedule.max_steps={steps}",
+                f"schedule.checkpoint_interval={HALF}",
+                "schedule.eval_interval=3",
+                "schedule.sample_tokens=4",
+                "optimizer.qk_clip_threshold=1.0",
+                "data.sequence_length=32",
+                "logging.layer_interval=1",
+                "logging.report=false",
+                "logging.console=off",
+                f"run_dir={run_dir}",
+                f"parallel.dp={world_size}",
+                f"parallel.ep={ep}",
+                "parallel.bucket_elements=5000",
+            ]
+        )
+    )
+
+
+def _train(run_dir: Path, dp: int, ep: int, steps: int) -> None:
+    assert run_ranks(dp, train_as_rank, str(run_dir), ep, steps, timeout=240) == [0] * dp
+
+
+def _rows(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    _train(run_dir, 4, 2, STEPS)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "half"
+    _train(run_dir, 4, 2, HALF)
+    return run_dir
+
+
+def test_the_same_layout_goes_on_bitwise(tmp_path: Path, uninterrupted: Path, half: Path) -> None:
+    """Catches a shard that a checkpoint forgets, and sums that depend on who came first."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(half, run_dir)
+    (run_dir / "summary.json").unlink()
+    _train(run_dir, 4, 2, STEPS)
+    for name in ("metrics.jsonl", "evals.jsonl", "layers.jsonl"):
+        assert _rows(run_dir, name) == _rows(uninterrupted, name), name
+    last = f"checkpoints/step-{STEPS:08d}"
+    files = sorted(path.name for path in (uninterrupted / last).iterdir())
+    assert len([name for name in files if name.startswith("optimizer-")]) == 4
+    for name in files:
+        assert (run_dir / last / name).read_bytes() == (uninterrupted / last / name).read_bytes()
+
+
+@pytest.mark.parametrize(("dp", "ep"), [(1, 1), (2, 1), (4, 4), (8, 2)], ids=str)
+def test_another_layout_goes_on_with_the_same_losses(
+    tmp_path: Path, uninterrupted: Path, half: Path, dp: int, ep: int
+) -> None:
+    """Catches tensors put together in another order, moments left at zero, and a batch that
+    depends on the number of ranks."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(half, run_dir)
+    (run_dir / "summary.json").unlink()
+    _train(run_dir, dp, ep, STEPS)
+    got, want = _rows(run_dir, "metrics.jsonl"), _rows(uninterrupted, "metrics.jsonl")
+    assert [row["step"] for row in got] == list(range(1, STEPS + 1))
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9), ours["step"]
+    for ours, theirs in zip(
+        _rows(run_dir, "evals.jsonl"), _rows(uninterrupted, "evals.jsonl"), strict=True
+    ):
+        assert ours["heldout_loss"] == pytest.approx(theirs["heldout_loss"], rel=1e-9)
+        assert ours["domains"] == pytest.approx(theirs["domains"], rel=1e-9)
+    loads = [_rows(path, "layers.jsonl")[-1]["expert_load"] for path in (run_dir, uninterrupted)]
+    assert loads[0] == loads[1]
