@@ -20,7 +20,7 @@ from kimi_pretrain.data.corpus import ensure
 from kimi_pretrain.model.build import from_config
 from kimi_pretrain.ops.precision import resolve
 from kimi_pretrain.optim.lr import learning_rate
-from kimi_pretrain.optim.registry import build_optimizer
+from kimi_pretrain.parallel.world import open_world
 from kimi_pretrain.train.evaluate import evaluate
 from kimi_pretrain.train.step import TrainStep
 
@@ -54,9 +54,7 @@ def main() -> None:
     dtype = resolve(config.precision)
     model = from_config(config.model, dtype=dtype)
     peer = load_peer(model, dtype, experts="eager", attention="sdpa")
-    ours = TrainStep(
-        config, model, build_optimizer(config.optimizer, config.model, model.named_parameters())
-    )
+    ours = TrainStep(config, model, open_world(config.parallel))
     theirs = PeerOptimizer(peer, config.optimizer.lr, config.optimizer.weight_decay)
     size, micro = config.schedule.global_batch_size, config.schedule.micro_batch_size
     tokens_per_step = size * config.data.sequence_length

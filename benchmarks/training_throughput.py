@@ -23,7 +23,7 @@ from kimi_pretrain.data.batches import Batch, TrainStream
 from kimi_pretrain.data.corpus import ensure
 from kimi_pretrain.model.build import from_config
 from kimi_pretrain.ops.precision import resolve
-from kimi_pretrain.optim.registry import build_optimizer
+from kimi_pretrain.parallel.world import open_world
 from kimi_pretrain.train.step import TrainStep
 
 Step = Callable[[Batch], None]
@@ -32,8 +32,7 @@ Step = Callable[[Batch], None]
 def our_step(config: Config) -> Step:
     dtype = resolve(config.precision)
     model = from_config(config.model, dtype=dtype)
-    optimizer = build_optimizer(config.optimizer, config.model, model.named_parameters())
-    step = TrainStep(config, model, optimizer)
+    step = TrainStep(config, model, open_world(config.parallel))
 
     def run(batch: Batch) -> None:
         step.run(1, batch, config.optimizer.lr)
