@@ -92,9 +92,9 @@ def lent_bytes(layout: Layout, ep_index: int) -> int:
     return total
 
 
-def random_batch(config: Config, rank: int) -> Batch:
+def random_batch(config: Config, rank: int, sequences: int, length: int) -> Batch:
     generator = np.random.default_rng(rank)
-    windows = generator.integers(0, config.model.vocab_size, (SEQUENCES, LENGTH + 1))
+    windows = generator.integers(0, config.model.vocab_size, (sequences, length + 1))
     return Batch(windows[:, :-1].copy(), windows[:, 1:].copy(), None)
 
 
@@ -110,7 +110,7 @@ def train_as_rank(overrides: tuple[str, ...], steps: int) -> Counted:
     dispatcher = dispatcher_of(world.ep)
     model = from_config(config.model, resolve(config.precision), dispatcher=dispatcher)
     step = TrainStep(config, model, world)
-    batch = random_batch(config, world.rank)
+    batch = random_batch(config, world.rank, SEQUENCES, LENGTH)
 
     def run() -> None:
         step.run(1, batch, RATE)
