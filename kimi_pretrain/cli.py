@@ -28,7 +28,8 @@ Completion: eval "$(kimi-pretrain train --shell-completion install=bash)"
 
 EXIT_BAD_INPUT = 2  # docs/exit-codes.md
 EXIT_PEER = 4
-FIRST_RANKS_TURN = 1.0  # seconds
+# Seconds that other ranks leave to rank 0: where all fail at once, and where each in its time.
+SHARED_TURN, OWN_TURN = 1.0, 5.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,8 +67,8 @@ def _say(error: ConfigError | PeerError) -> None:
     if rank == "0":
         print(f"kimi-pretrain: {error}", file=sys.stderr, flush=True)
         return
-    time.sleep(FIRST_RANKS_TURN)
     shared = error.shared if isinstance(error, PeerError) else isinstance(error, SharedConfigError)
+    time.sleep(SHARED_TURN if shared else OWN_TURN)
     if not shared:
         print(f"kimi-pretrain: rank {rank}: {error}", file=sys.stderr, flush=True)
 

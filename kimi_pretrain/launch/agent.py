@@ -1,4 +1,4 @@
-"""torchrun with this program's exit codes: ``python -m kimi_pretrain.launch.agent`` ARGUMENTS.
+"""torchrun with this program's exit codes: ``python -m kimi_pretrain.launch.agent`` FD ARGUMENTS.
 
 Torchrun itself ends with code 1 and a page about itself whatever its workers said. Here the
 workers' own code comes out (docs/exit-codes.md), and one line only for what no worker could
@@ -6,8 +6,10 @@ say: that it was killed.
 """
 
 import logging
+import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -16,13 +18,18 @@ from torch.distributed.run import parse_args, run
 
 EXIT_PEER = 4
 EXIT_SIGNALLED = 128  # plus the signal's number, as a shell says it
-# Several ranks may have ended before torchrun looks. Causes come before what they cause:
-# a defect or a refusal on one rank leaves the others without a peer.
-_CAUSES_FIRST = (1, 2, 3, 4, 75)
+# Most ranks end because another one has. Causes come before what they cause: a defect, a
+# refusal or a guard, then a rank that was killed, and only then the loss of a peer.
+_CAUSES = (1, 2, 3)
+_CONSEQUENCES = (4, 75)
 
 
-def main(arguments: list[str]) -> int:
-    """Run torchrun with ``arguments``; returns the ranks' exit code."""
+def main(watched: int, arguments: list[str]) -> int:
+    """Run torchrun with ``arguments``; returns the ranks' exit code.
+
+    ``watched`` is a pipe that ends with the process that started this one: so do the ranks.
+    """
+    threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
     logging.disable(logging.CRITICAL)  # torchrun's account of who ended and whom it ended
     try:
         run(parse_args(arguments))  # type: ignore[no-untyped-call]
@@ -38,25 +45,31 @@ def main(arguments: list[str]) -> int:
 
 
 def verdict(codes: Mapping[int, int]) -> tuple[int, str]:
-    """The run's exit code from those of the first ranks that failed, and a line or nothing.
+    """The run's exit code from those of the ranks that failed, and a line or nothing.
 
     Args:
         codes: rank -> its exit code, negative for the signal that killed it.
     """
+    spoken = {code for code in codes.values() if code > 0}
     ended = {rank: signal.Signals(-code) for rank, code in codes.items() if code < 0}
     killed = {rank: number for rank, number in ended.items() if number != signal.SIGTERM}
-    if killed:
+    causes = [code for code in _CAUSES if code in spoken]
+    if killed and not causes:
         rank = min(killed)
         hint = " (out of memory?)" if killed[rank] == signal.SIGKILL else ""
         others = f", and {len(killed) - 1} more" if len(killed) > 1 else ""
         line = f"rank {rank} was killed by {killed[rank].name}{hint}{others}; the run has ended"
         return EXIT_PEER, line
-    spoken = [code for code in codes.values() if code > 0]
     if not spoken:  # a signal before the ranks could stop in order
         return EXIT_SIGNALLED + signal.SIGTERM, ""
-    known = [code for code in _CAUSES_FIRST if code in spoken]
+    known = [*causes, *(code for code in _CONSEQUENCES if code in spoken)]
     return (known[0] if known else max(spoken)), ""
 
 
+def _end_with(watched: int) -> None:
+    os.read(watched, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))

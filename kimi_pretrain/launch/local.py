@@ -25,7 +25,8 @@ def launch(module: str, arguments: Sequence[str], ranks: int) -> int:
     """Run ``python -m module arguments`` as so many ranks; returns their exit code.
 
     SIGTERM or SIGINT is passed on to every rank as SIGTERM; a second one ends them within
-    torchrun's 30 seconds whatever they do. No process is left behind.
+    torchrun's 30 seconds whatever they do. No process is left behind, not even where this
+    one is killed: torchrun holds the other end of a pipe.
     """
     with tempfile.TemporaryDirectory(prefix="kimi_pretrain-") as temporary:
         folder = Path(temporary) / "ranks"
@@ -33,14 +34,20 @@ def launch(module: str, arguments: Sequence[str], ranks: int) -> int:
         environment = os.environ | {RANKS_DIR: str(folder)}
         environment.setdefault("OMP_NUM_THREADS", "1")  # one thread a rank: the same bits
         torchrun = ["--standalone", f"--nproc-per-node={ranks}", f"--log-dir={temporary}/logs"]
-        command = [sys.executable, "-m", "kimi_pretrain.launch.agent", *torchrun]
+        torchrun += ["-m", module, *arguments]
+        watched, held = os.pipe()  # closes with this process, whatever ends it
         agent = subprocess.Popen(
-            [*command, "-m", module, *arguments], env=environment, start_new_session=True
+            [sys.executable, "-m", "kimi_pretrain.launch.agent", str(watched), *torchrun],
+            env=environment,
+            start_new_session=True,
+            pass_fds=(watched,),
         )
+        os.close(watched)
         try:
             with _passing_on(agent, folder):
                 code = agent.wait()
         finally:
+            os.close(held)
             if agent.returncode is None or agent.returncode < 0:
                 _kill(agent, folder)
     if code < 0:

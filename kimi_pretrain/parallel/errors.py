@@ -1,5 +1,6 @@
 """What a rank says when another one does not answer."""
 
+import re
 from collections.abc import Sequence
 
 from kimi_pretrain.config.errors import ConfigError
@@ -29,5 +30,7 @@ def named(ranks: Sequence[int]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of torch.distributed says before its C++ traceback."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    """What an error of torch.distributed says, without where in C++ and what to do in general."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    said, _, _ = line.partition(". This is typically caused by")
+    return re.sub(r"^\[[^\]]*:\d+\] ", "", said)[:300]

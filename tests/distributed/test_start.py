@@ -170,3 +170,68 @@ def test_a_rank_alone_gives_up_in_time(rank: int) -> None:
     assert out.count("\n") == 1
     expected = "PeerError: rank 1 of 2 did not come" if rank == 0 else "PeerError: nobody"
     assert out.startswith(expected)
+
+
+# --- the whole program -----------------------------------------------------------------------
+
+
+def _train(rank: int, size: int, port: int, *overrides: str) -> subprocess.Popen[str]:
+    """One rank of a training that is refused before anything is written."""
+    variables = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-m", "kimi_pretrain.train", "experiment=smoke", "run_dir=/dev/null"]
+    return subprocess.Popen(
+        [*command, f"parallel.dp={size}", "schedule.global_batch_size=24", *overrides],
+        env=os.environ | {name: str(value) for name, value in variables.items()},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_mixed_command_lines_are_one_line_from_rank_0() -> None:
+    """Catches a run in which one node read another configuration, or N copies of the line."""
+    port = _free_port()
+    ranks = [_train(0, 2, port), _train(1, 2, port, "optimizer.lr=1")]
+    (out, err), (_, other) = [rank.communicate(timeout=90) for rank in ranks]
+    assert err.startswith("kimi-pretrain: optimizer.lr on rank 1: got '1.0'; every rank must")
+    assert (out, err.count("\n"), other) == ("", 1, "")
+    assert [rank.returncode for rank in ranks] == [2, 2]
+
+
+def test_a_peer_that_never_joins_is_one_line_from_rank_0() -> None:
+    """Catches a hang, a traceback or a zero exit where a node never came up."""
+    port = _free_port()
+    ranks = [_train(rank, 3, port, "parallel.timeout_seconds=6") for rank in (0, 1)]
+    (out, err), (_, other) = [rank.communicate(timeout=90) for rank in ranks]
+    assert err.startswith("kimi-pretrain: rank 2 of 3 did not come within 6 s")
+    assert (out, err.count("\n"), other) == ("", 1, "")
+    assert [rank.returncode for rank in ranks] == [4, 4]
+
+
+def test_a_refusal_of_one_rank_alone_is_heard() -> None:
+    """Catches the silence when only one node's own command line is wrong."""
+    rank = _train(1, 2, _free_port(), "optimizer.lr=-1")
+    _, err = rank.communicate(timeout=90)
+    assert err.startswith("kimi-pretrain: rank 1: optimizer.lr: got -1.0; ")
+    assert (rank.returncode, err.count("\n")) == (2, 1)
+
+
+def test_torchrun_with_too_many_ranks_is_refused(tmp_path: Path) -> None:
+    """Catches ranks without a place under a launcher of one's own, told four times."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    program = ["--nproc-per-node=3", "-m", "kimi_pretrain.train", "experiment=smoke"]
+    done = subprocess.run(
+        [*torchrun, *program, "parallel.ep=2", "parallel.dp=2", f"run_dir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},  # torchrun leaves an empty folder there
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("kimi-pretrain: ")]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].endswith("a multiple of parallel.pp x parallel.ep = 1 x 2 = 2; try 4 ranks")
+    assert done.returncode != 0
+    assert not (tmp_path / "run").exists()

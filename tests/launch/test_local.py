@@ -1,6 +1,7 @@
 """Ranks started here: their exit codes, their signals, and nothing left behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from kimi_pretrain.config import compose
+from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.config.schema import Config
 from kimi_pretrain.launch.agent import verdict
+from kimi_pretrain.train.command import main
 
 ROOT = Path(__file__).parents[2]
 _PARENT = """\
@@ -112,12 +117,84 @@ def test_ranks_end_with_their_torchrun(tmp_path: Path) -> None:
     _until(lambda: not any(map(_alive, ranks)))
 
 
+def test_ranks_end_with_the_command_that_started_them(tmp_path: Path) -> None:
+    """Catches orphans that hold the cores after the command line itself was killed."""
+    parent = _launch("sleep", tmp_path)
+    ranks = _ranks(tmp_path)
+    parent.kill()
+    parent.communicate(timeout=60)
+    _until(lambda: not any(map(_alive, ranks)))
+
+
 def test_causes_come_before_what_they_cause() -> None:
     """Catches a defect reported as a lost peer, and a signal to stop reported as a kill."""
     assert verdict({0: 4, 3: 1}) == (1, "")
     assert verdict({0: 4, 3: 75}) == (4, "")
+    assert verdict({0: -9, 2: -15, 3: 3}) == (3, "")
     assert verdict({2: 2}) == (2, "")
     assert verdict({0: -15, 1: -15}) == (143, "")
     assert verdict({0: 4, 1: -11})[0] == 4
     assert verdict({0: -9, 1: -9})[1].startswith("rank 0 was killed by SIGKILL")
     assert verdict({1: 9}) == (9, "")
+
+
+# --- what each rank is told ------------------------------------------------------------------
+
+
+def _told(monkeypatch: pytest.MonkeyPatch, *argv: str) -> list[tuple[Config, int]]:
+    """The configuration that each launched job's ranks compose, and how many they are."""
+    monkeypatch.delenv("RANK", raising=False)
+    jobs: list[tuple[Config, int]] = []
+
+    def launch(arguments: list[str], ranks: int) -> int:
+        jobs.append((compose(arguments), ranks))
+        return 0
+
+    assert main(list(argv), launch) == 0
+    return jobs
+
+
+SEVERAL = ("experiment=smoke", "parallel.ep=2", "parallel.dp=4", "schedule.global_batch_size=8")
+
+
+def test_ranks_compose_what_the_parent_composed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an override lost on the way, and a run directory that Hydra reads otherwise."""
+    run_dir = "runs/a b,c=[1]'s"
+    quoted = run_dir.replace("'", "\\'")
+    override = "schedule.stages=[{name: only one, shape: constant, steps: 7}]"
+    ((config, ranks),) = _told(monkeypatch, *SEVERAL, "seed=3", override, f"run_dir='{quoted}'")
+    assert (ranks, config.seed, config.parallel.dp, config.run_dir) == (4, 3, 4, run_dir)
+    assert [(stage.name, stage.steps) for stage in config.schedule.stages] == [("only one", 7)]
+
+
+def test_ranks_get_the_default_run_directory_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches ranks that each take the time of their own start."""
+    ((config, _),) = _told(monkeypatch, *SEVERAL)
+    assert re.fullmatch(r"runs/\d{8}-\d{6}", config.run_dir)
+
+
+def test_a_sweep_launches_job_by_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Catches ranks that sweep themselves, and jobs that share a run directory."""
+    sweep = f"hydra.sweep.dir={tmp_path}"
+    jobs = _told(monkeypatch, "-m", *SEVERAL, "seed=1,2", "parallel.dp=2,4", sweep)
+    assert [(config.seed, ranks) for config, ranks in jobs] == [(1, 2), (2, 2), (1, 4), (2, 4)]
+    assert [config.run_dir for config, _ in jobs] == [f"{tmp_path}/{job}" for job in range(4)]
+
+
+def test_nothing_starts_on_a_configuration_that_cannot_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches eight processes started only to print one line eight times."""
+    for override in ("schedule.global_batch_size=6", "parallel.ep=3"):
+        with pytest.raises(ConfigError):
+            _told(monkeypatch, *SEVERAL, override)
+
+
+def test_a_rank_does_not_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches ranks that start ranks."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    started: list[int] = []
+    with pytest.raises(ConfigError, match="number of ranks"):
+        main([*SEVERAL], lambda _, ranks: started.append(ranks) or 0)
+    assert started == []
