@@ -198,3 +198,56 @@ def test_a_rank_does_not_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="number of ranks"):
         main([*SEVERAL], lambda _, ranks: started.append(ranks) or 0)
     assert started == []
+
+
+# --- the real thing --------------------------------------------------------------------------
+
+
+def _start_training(run_dir: Path) -> subprocess.Popen[str]:
+    """A run of two ranks that would last for hours, past its first step."""
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    overrides = ["experiment=smoke", "parallel.ep=2", "parallel.dp=2", "schedule=smoke"]
+    overrides += ["schedule.stages=[{name: all, shape: constant, steps: 100000}]"]
+    overrides += ["schedule.max_steps=null", "schedule.eval_interval=0", f"run_dir={run_dir}"]
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "kimi_pretrain", "train", *overrides],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = run_dir / "metrics.jsonl"
+    _until(lambda: parent.poll() is not None or (metrics.exists() and metrics.read_text() != ""))
+    return parent
+
+
+def _children(process: int) -> list[int]:
+    stats = [file.read_text() for file in Path("/proc").glob("[0-9]*/stat") if file.exists()]
+    fields = [(stat.split()[0], stat.rpartition(")")[2].split()[1]) for stat in stats]
+    return [int(child) for child, parent in fields if parent == str(process)]
+
+
+def test_training_ranks_stop_with_a_checkpoint(tmp_path: Path) -> None:
+    """Catches a stop in which one rank is ended before the others have its part on disk."""
+    parent = _start_training(tmp_path / "run")
+    parent.send_signal(signal.SIGTERM)
+    out, err = parent.communicate(timeout=60)
+    assert parent.returncode == 75, err
+    assert err == ""
+    assert out.count("stopped after step") == 1
+    assert list((tmp_path / "run" / "checkpoints").glob("*"))
+
+
+def test_a_killed_training_rank_ends_the_run(tmp_path: Path) -> None:
+    """Catches ranks that wait in a collective for one that is gone."""
+    parent = _start_training(tmp_path / "run")
+    (agent,) = _children(parent.pid)
+    ranks = _children(agent)
+    assert len(ranks) == 2
+    os.kill(ranks[-1], signal.SIGKILL)
+    _, err = parent.communicate(timeout=60)
+    assert parent.returncode == 4, err
+    assert "Traceback" not in err
+    assert re.search(r"^kimi-pretrain: rank \d was killed by SIGKILL", err, re.MULTILINE)
+    _until(lambda: not any(map(_alive, ranks)))
