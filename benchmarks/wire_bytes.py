@@ -29,7 +29,7 @@ from kimi_pretrain.data.batches import Batch
 from kimi_pretrain.model.build import from_config
 from kimi_pretrain.ops.precision import resolve
 from kimi_pretrain.optim.buckets import Layout
-from kimi_pretrain.parallel.dispatch import dispatcher_of
+from kimi_pretrain.parallel.dispatchers import open_dispatcher
 from kimi_pretrain.parallel.world import World, open_world
 from kimi_pretrain.train.step import TrainStep
 
@@ -107,7 +107,7 @@ def sent_by(world: World) -> dict[str, int]:
 def train_as_rank(overrides: tuple[str, ...], steps: int) -> Counted:
     config = compose(["precision=bf16", "run_dir=unused", *MODEL, *overrides])
     world = open_world(config.parallel)
-    dispatcher = dispatcher_of(world.ep)
+    dispatcher = open_dispatcher(config.parallel, world.ep, 2 * config.model.hidden_size)
     model = from_config(config.model, resolve(config.precision), dispatcher=dispatcher)
     step = TrainStep(config, model, world)
     batch = random_batch(config, world.rank, SEQUENCES, LENGTH)

@@ -1,13 +1,14 @@
 """From override strings to a checked, typed ``Config``: Hydra composes, types and rules follow."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from kimi_pretrain.config.errors import ConfigError
@@ -75,10 +76,11 @@ def compose_node(overrides: Sequence[str], name: str, more_folders: Sequence[Pat
     """
     refuse_secrets(map(split_override, overrides), os.environ)
     register()
+    groups = group_options(conf_dir(), *more_folders)
     try:
+        _refuse_nameless_options(overrides, groups)
         return _compose(overrides, name, [conf_dir(), *more_folders])
     except HYDRA_ERRORS as error:
-        groups = group_options(conf_dir(), *more_folders)
         raise translate(error, overrides, groups) from error
 
 
@@ -101,6 +103,15 @@ def to_config(composed: DictConfig) -> Config:
     config: Config = build(Config, plain)
     validate(config)
     return config
+
+
+def _refuse_nameless_options(overrides: Sequence[str], groups: Mapping[str, list[str]]) -> None:
+    """Hydra takes a list of options for a group, and fails with a TypeError on numbers in it."""
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key, value = override.key_or_group, override.value()
+        if key in groups and isinstance(value, list) and not all(type(v) is str for v in value):
+            rule = f"a group takes the name of an option: {', '.join(groups[key])}"
+            raise ConfigError(key, value, rule, f"{key}={groups[key][0]}")
 
 
 def _compose(overrides: Sequence[str], name: str, folders: Sequence[Path]) -> DictConfig:

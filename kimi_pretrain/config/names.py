@@ -14,6 +14,7 @@ CONSOLES = ("auto", "live", "plain", "off")
 WANDB_MODES = ("offline", "online")
 LAUNCHERS = ("local",)
 DENSE_SHARDINGS = ("auto", "flat", "aligned")
+DISPATCHERS = ("all_to_all", "deepep")
 ROUTER_WEIGHTS = ("after_combine", "before_down")
 
 # recipe -> the domains it builds

@@ -169,6 +169,7 @@ class ParallelConfig:
     bucket_elements: int = 40_000_000  # parameters are reduced in buckets of about this many
     # where an expert's output gets its router weight: at the token, or before the down-projection
     router_weights: str = "after_combine"  # after_combine | before_down
+    dispatcher: str = "all_to_all"  # all_to_all | deepep: who brings tokens to other ranks' experts
     timeout_seconds: float = 600.0  # the longest a rank waits for another
 
 

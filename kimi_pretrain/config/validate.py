@@ -266,6 +266,11 @@ def _parallel(parallel: ParallelConfig) -> None:
     _require(dp % ep == 0, "parallel.dp", dp, rule, f"parallel.dp={_up(dp, ep)}")
     _one_of("parallel.dense_sharding", parallel.dense_sharding, names.DENSE_SHARDINGS)
     _one_of("parallel.router_weights", parallel.router_weights, names.ROUTER_WEIGHTS)
+    _one_of("parallel.dispatcher", parallel.dispatcher, names.DISPATCHERS)
+    rule = "DeepEP sums on the way, so router weights act before the down-projection"
+    fits = parallel.dispatcher != "deepep" or parallel.router_weights == "before_down"
+    fix = "parallel.router_weights=before_down"
+    _require(fits, "parallel.router_weights", parallel.router_weights, rule, fix)
     _positive("parallel.timeout_seconds", parallel.timeout_seconds, "600")
 
 

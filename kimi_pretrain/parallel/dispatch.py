@@ -147,13 +147,6 @@ class AllToAllDispatcher(LocalDispatcher):
         return reorder_rows(arrived, route.order, route.inverse)
 
 
-def dispatcher_of(group: Group, weights_at_experts: bool = False) -> Dispatcher:
-    """The dispatcher of an expert-parallel group; within one rank nothing travels."""
-    if group.size == 1:
-        return LocalDispatcher(weights_at_experts)
-    return AllToAllDispatcher(group, weights_at_experts)
-
-
 def plan_dispatch(indices: Tensor, experts: int) -> DispatchPlan:
     """Sort the slots of ``indices`` [tokens, k] (expert of each slot) by expert."""
     flat = indices.reshape(-1)

@@ -116,9 +116,7 @@ class Topology:
         elif kind == "edp":
             places = [Coordinates(i, at.pp, at.ep) for i in range(self.edp)]
         elif kind == "dp":
-            places = [
-                Coordinates(i, at.pp, j) for i in range(self.edp) for j in range(self.ep)
-            ]
+            places = [Coordinates(i, at.pp, j) for i in range(self.edp) for j in range(self.ep)]
         else:
             raise ValueError(f"a group is one of {', '.join(KINDS)}, not {kind}")
         return tuple(self.rank(place) for place in places)

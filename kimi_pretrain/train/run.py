@@ -25,7 +25,7 @@ from kimi_pretrain.model.build import from_config
 from kimi_pretrain.model.causal_lm import CausalLM
 from kimi_pretrain.ops.precision import resolve
 from kimi_pretrain.optim.lr import total_steps
-from kimi_pretrain.parallel.dispatch import dispatcher_of
+from kimi_pretrain.parallel.dispatchers import open_dispatcher
 from kimi_pretrain.parallel.errors import PeerError
 from kimi_pretrain.parallel.world import World
 from kimi_pretrain.plan.flops import training_flops_per_token
@@ -125,13 +125,14 @@ def open_run(config: Config, world: World) -> Run:
     lock = together(world, lambda: _lock(directory) if world.is_first else ExitStack())
     data = together(world, lambda: _data(config, world))
     dtype, device = resolve(config.precision), world.device
-    at_experts = config.parallel.router_weights == "before_down"
+    row_bytes = config.model.hidden_size * dtype.itemsize
+    dispatcher = together(world, lambda: open_dispatcher(config.parallel, world.ep, row_bytes))
     model = from_config(
         config.model,
         dtype=dtype,
         device=device,
         seed=config.seed,
-        dispatcher=dispatcher_of(world.ep, at_experts),
+        dispatcher=dispatcher,
     )
     train_step = TrainStep(config, model, world)
     first_step = restore_latest(config, directory, train_step, console)

@@ -15,7 +15,7 @@ from kimi_pretrain.config import compose
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.model.build import from_config
 from kimi_pretrain.optim.registry import build_sharded
-from kimi_pretrain.parallel.dispatch import dispatcher_of
+from kimi_pretrain.parallel.dispatchers import open_dispatcher
 from kimi_pretrain.parallel.world import open_world
 from tests.distributed.ranks import run_ranks
 
@@ -50,7 +50,9 @@ def pass_on(rank: int, world_size: int, dp: int, ep: int, source: str, target: s
     config = _config(dp, ep)
     world = open_world(config.parallel)
     model = from_config(
-        config.model, dtype=torch.bfloat16, dispatcher=dispatcher_of(world.ep, False)
+        config.model,
+        dtype=torch.bfloat16,
+        dispatcher=open_dispatcher(config.parallel, world.ep, 64),
     )
     optimizer = build_sharded(config.optimizer, config.parallel, model, world)
     if source:

@@ -100,6 +100,8 @@ IN_ONE_GROUP: list[tuple[str, dict[str, Any], str, str]] = [
     ("parallel", {"dp": 5, "ep": 5}, "parallel.ep", "parallel.ep=4"),
     ("parallel", {"dense_sharding": "flatt"}, "parallel.dense_sharding", "=flat"),
     ("parallel", {"router_weights": "before"}, "parallel.router_weights", "=before_down"),
+    ("parallel", {"dispatcher": "deep_ep"}, "parallel.dispatcher", "=deepep"),
+    ("parallel", {"dispatcher": "deepep"}, "parallel.router_weights", "=before_down"),
     ("parallel", {"bucket_elements": 0}, "parallel.bucket_elements", "=1"),
     ("parallel", {"timeout_seconds": 0.0}, "parallel.timeout_seconds", "=600"),
 ]
@@ -203,9 +205,7 @@ def test_a_stage_a_tokenizer_or_a_pair_of_groups_that_cannot_run(good: Config, c
     _refused(change(good), what, fix)
 
 
-def _refused(
-    bad: Config, what: str, fix: str, check: Callable[[Config], None] = validate
-) -> None:
+def _refused(bad: Config, what: str, fix: str, check: Callable[[Config], None] = validate) -> None:
     with pytest.raises(ConfigError) as error:
         check(bad)
     assert error.value.what == what

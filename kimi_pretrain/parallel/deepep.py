@@ -1,0 +1,197 @@
+"""Dispatch and combine through DeepEP's kernels (NVLink and RDMA), in place of all-to-all.
+
+DeepEP (github.com/deepseek-ai/DeepEP, the ``deep_ep.Buffer`` of its normal kernels) sends a
+token once to each rank that holds any of its experts and sums what comes back on the way, so
+that a token's k copies never cross a slow link. Hence it takes tokens, not slots: rows are
+sorted by expert where they arrive, and router weights act before the down-projection.
+
+Compiled, not run: DeepEP needs GPUs. Its semantics are held against all-to-all by a stand-in
+of its ``Buffer`` in the tests.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.parallel.collectives import Group
+from kimi_pretrain.parallel.dispatch import Arrived, DispatchPlan, Route
+
+
+@dataclass(frozen=True)
+class DeepEPRoute(Route):
+    """A DeepEP handle beside the permutation on the receiving rank."""
+
+    handle: Any
+    # order: [rows] slot (received token * k + j) of each row, in expert order
+    # inverse: [received, k] row of each slot; the number of rows where it is not for here
+
+
+class DeepEPDispatcher:
+    """Experts spread evenly over a group, rank r holding the r-th run of them."""
+
+    weights_at_experts = True
+
+    def __init__(self, group: Group, buffer: Any) -> None:
+        """A dispatcher over ``buffer``, a ``deep_ep.Buffer`` of the group's ranks."""
+        self.group, self.buffer = group, buffer
+
+    def experts(self, count: int) -> range:
+        each = count // self.group.size
+        return range(self.group.index * each, (self.group.index + 1) * each)
+
+    def permute(self, hidden: Tensor, plan: DispatchPlan) -> Tensor:
+        del plan
+        return hidden
+
+    def dispatch(self, rows: Tensor, weights: Tensor, plan: DispatchPlan) -> Arrived:
+        # plan.inverse is [tokens, k] positions in expert order; back to the experts themselves
+        of_position = torch.arange(len(plan.counts), device=rows.device).repeat_interleave(
+            plan.counts
+        )
+        indices = of_position[plan.inverse]  # [tokens, k] int64
+        received, arrived_weights, local, sizes, handle = _Dispatch.apply(  # type: ignore[no-untyped-call]
+            rows, weights.float(), indices, len(plan.counts), self.buffer
+        )
+        order, inverse = slots_by_expert(local)
+        route = DeepEPRoute((), (), order, inverse, handle)
+        slots = local.shape[1]
+        return Arrived(
+            _TakeSlots.apply(received, order // slots, inverse),  # type: ignore[no-untyped-call]
+            sizes,
+            arrived_weights.reshape(-1)[order].to(weights.dtype),
+            route,
+        )
+
+    def combine(self, rows: Tensor, route: Route | None) -> Tensor:
+        assert isinstance(route, DeepEPRoute)
+        summed = _SumSlots.apply(rows, route.order // route.inverse.shape[1], route.inverse)  # type: ignore[no-untyped-call]
+        result: Tensor = _Combine.apply(summed, route.handle, self.buffer)  # type: ignore[no-untyped-call]
+        return result
+
+    def unpermute(self, rows: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
+        del weights, plan  # applied at the experts; summed on the way
+        return rows
+
+
+def open_deepep(group: Group, hidden_bytes: int) -> DeepEPDispatcher:
+    """A dispatcher with buffers for rows of ``hidden_bytes``.
+
+    Raises:
+        ConfigError: the package is not installed, or there is no GPU.
+    """
+    if group.device.type != "cuda":
+        rule = "DeepEP's kernels run on NVIDIA GPUs"
+        raise ConfigError("parallel.dispatcher", "deepep", rule, "parallel.dispatcher=all_to_all")
+    try:
+        from deep_ep import Buffer
+    except ModuleNotFoundError as error:
+        rule = f"it needs the package deep_ep, built from its source ({error})"
+        fix = "parallel.dispatcher=all_to_all"
+        raise ConfigError("parallel.dispatcher", "deepep", rule, fix) from error
+    configs = (
+        Buffer.get_dispatch_config(group.size),
+        Buffer.get_combine_config(group.size),
+    )
+    nvlink = max(c.get_nvl_buffer_size_hint(hidden_bytes, group.size) for c in configs)
+    rdma = max(c.get_rdma_buffer_size_hint(hidden_bytes, group.size) for c in configs)
+    return DeepEPDispatcher(group, Buffer(group.process_group, nvlink, rdma))
+
+
+def slots_by_expert(local: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort a received token's slots by local expert; slots of other ranks' experts drop out.
+
+    Args:
+        local: [received, k] local expert of each slot, -1 where it is another rank's.
+
+    Returns:
+        [rows] the slots in expert order, stable; and [received, k] the row of each slot,
+        ``rows`` (one past the end) where there is none.
+    """
+    flat = local.reshape(-1)
+    here = (flat >= 0).nonzero()[:, 0]
+    order = here[torch.argsort(flat[here], stable=True)]
+    inverse = torch.full_like(flat, order.shape[0])
+    inverse[order] = torch.arange(order.shape[0], device=flat.device)
+    return order, inverse.view_as(local)
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, indices: Tensor, experts: int, buffer: Any
+    ) -> tuple[Tensor, Tensor, Tensor, list[int], Any]:
+        per_rank, per_rdma_rank, per_expert, in_rank, _ = buffer.get_dispatch_layout(
+            indices, experts
+        )
+        received, local, arrived_weights, sizes, handle, _ = buffer.dispatch(
+            x,
+            topk_idx=indices,
+            topk_weights=weights,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_rdma_rank,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+        )
+        ctx.handle, ctx.buffer = handle, buffer
+        ctx.mark_non_differentiable(local)
+        return received, arrived_weights, local, sizes, handle
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weights, _ = ctx.buffer.combine(
+            grads[0].contiguous(), ctx.handle, topk_weights=grads[1].float()
+        )
+        return grad_x, grad_weights, None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, handle: Any, buffer: Any) -> Tensor:
+        ctx.handle, ctx.buffer = handle, buffer
+        combined: Tensor = buffer.combine(x, handle)[0]
+        return combined
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.buffer.dispatch(grads[0].contiguous(), handle=ctx.handle)[0], None, None
+
+
+class _TakeSlots(torch.autograd.Function):
+    """Rows of received tokens in expert order; backward sums a token's rows in fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return _sum(grads[0], inverse), None, None
+
+
+class _SumSlots(torch.autograd.Function):
+    """The inverse of ``_TakeSlots``: each received token's rows, summed."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, tokens: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        return _sum(rows, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (tokens,) = ctx.saved_tensors
+        return grads[0].index_select(0, tokens), None, None
+
+
+def _sum(rows: Tensor, inverse: Tensor) -> Tensor:
+    """[rows, width] to [received, width]; slots that are not here add a row of zeros."""
+    padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    high = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    total = padded.index_select(0, inverse[:, 0]).to(high)
+    for column in inverse.unbind(1)[1:]:
+        total += padded.index_select(0, column)
+    return total.to(rows.dtype)
