@@ -225,7 +225,7 @@ def compare(overrides: tuple[str, ...], rounds: int) -> float:
         print(f"    {WHOLE}     {spread(whole)} s")
         print(f"    {SHARDED}     {spread(sharded)} s")
         print(f"    ratio    {ratio:.2f}  pairs {spread(paired_ratio(whole, sharded))}")
-    print(f"  weights differ by  {max(rank.apart for rank in ranks):.2%} of how far they moved")
+    print(f"  weights differ by  {max(rank.apart for rank in ranks):.1e} of how far they moved")
     return ratio
 
 
