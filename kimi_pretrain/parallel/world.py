@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
 
 from kimi_pretrain import __version__
@@ -21,7 +23,11 @@ from kimi_pretrain.parallel.topology import Topology
 
 @dataclass
 class World:
-    """One rank's view; groups of one rank have no process group behind them."""
+    """One rank's view; groups of one rank use no process group.
+
+    ``mesh`` is the same world as a DeviceMesh of dimensions edp, pp, ep over the same process
+    groups, for what in torch asks for one; None in a single process.
+    """
 
     topology: Topology
     rank: int
@@ -31,6 +37,7 @@ class World:
     edp: Group
     dp: Group
     everyone: Group
+    mesh: DeviceMesh | None = None
 
     @property
     def size(self) -> int:
@@ -65,18 +72,24 @@ def open_world(parallel: ParallelConfig) -> World:
     device = _device(place.local_rank)
     if topology.world > 1:
         _join(place, device, _facts(topology), parallel.timeout_seconds)
-    ep, pp, edp, dp = (
-        _form(kind, topology.group(kind, place.rank), place.rank, parallel.timeout_seconds)
+    deadline = parallel.timeout_seconds
+    formed = {
+        kind: _form(kind, topology.group(kind, place.rank), topology, deadline)
         for kind in ("ep", "pp", "edp", "dp")
-    )
-    everyone = Group(
+    }
+    groups = {
+        kind: _group(kind, topology.group(kind, place.rank), place.rank, made, deadline)
+        for kind, made in formed.items()
+    }
+    everyone = _group(
         "world",
-        range(topology.world),
+        tuple(range(topology.world)),
         place.rank,
         dist.group.WORLD if topology.world > 1 else None,
-        parallel.timeout_seconds,
+        deadline,
     )
-    return World(topology, place.rank, device, ep, pp, edp, dp, everyone)
+    mesh = _mesh(topology, device, formed) if topology.world > 1 else None
+    return World(topology, place.rank, device, **groups, everyone=everyone, mesh=mesh)
 
 
 def _join(place: Place, device: torch.device, facts: dict[str, str], timeout: float) -> None:
@@ -92,23 +105,44 @@ def _join(place: Place, device: torch.device, facts: dict[str, str], timeout: fl
         )
 
 
-def _form(kind: str, ranks: tuple[int, ...], rank: int, timeout: float) -> Group:
-    """The group of ``ranks``, one of which is ``rank``.
+def _form(kind: str, ranks: tuple[int, ...], topology: Topology, timeout: float) -> Any:
+    """The process group of ``ranks``, of which this rank is one.
 
     Each kind has process groups of its own even where two kinds have the same ranks: neither
     has to keep its operations in order with the other's. Only its members make a group, since
     a barrier of the whole world for each of hundreds of groups would take minutes.
     """
-    if len(ranks) == 1:
-        return Group(kind, ranks)
+    if topology.world == 1:
+        return None
     with _peer_errors(f"forming the {kind} group of {named(ranks)}"):
-        made = dist.new_group(
+        return dist.new_group(
             list(ranks),
             timeout=timedelta(seconds=timeout),
             use_local_synchronization=True,
             group_desc=kind,
         )
-    return Group(kind, ranks, ranks.index(rank), made, timeout)
+
+
+def _group(
+    kind: str, ranks: tuple[int, ...], rank: int, process_group: Any, deadline: float
+) -> Group:
+    if len(ranks) == 1:
+        return Group(kind, ranks)
+    return Group(kind, ranks, ranks.index(rank), process_group, deadline)
+
+
+def _mesh(topology: Topology, device: torch.device, formed: dict[str, Any]) -> DeviceMesh:
+    """The process groups as a mesh.
+
+    A mesh that made its own groups would give them torch's deadline of 30 minutes.
+    """
+    shape = (topology.edp, topology.pp, topology.ep)
+    return DeviceMesh.from_group(
+        [formed[kind] for kind in ("edp", "pp", "ep")],
+        device.type,
+        mesh=torch.arange(topology.world).view(shape),
+        mesh_dim_names=("edp", "pp", "ep"),
+    )
 
 
 @contextmanager

@@ -37,6 +37,11 @@ def _sums(rank: int, size: int, parallel: ParallelConfig) -> dict[str, tuple[tup
         group.all_reduce_sum(total).wait()
         found[kind] = (group.ranks, group.index, int(total))
         assert (group.process_group is None) == (group.size == 1)
+    place = world.topology.coordinates(rank)
+    for kind in ("edp", "pp", "ep"):  # what torch's own tools see
+        assert world.mesh.get_local_rank(kind) == getattr(place, kind)
+        ranks = torch.distributed.get_process_group_ranks(world.mesh.get_group(kind))
+        assert tuple(ranks) == getattr(world, kind).ranks
     world.close()
     world.close()
     assert not torch.distributed.is_initialized()
