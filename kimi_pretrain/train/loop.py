@@ -47,6 +47,8 @@ def train(config: Config) -> int:
             except GuardStop as reason:
                 run.console.note(f"stopped by a guard: {reason}")
                 code = EXIT_GUARD
+        # The first rank to leave with a code makes torchrun end the others: leave together.
+        world.everyone.barrier()
         if code == EXIT_DONE and config.logging.report and world.is_first:
             _report(run)
     return code
