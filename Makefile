@@ -13,6 +13,7 @@ TORCH  ?= torch==2.13.0
 ARGS   ?=
 
 VENV      := .venv
+READERS   := .venv-readers
 BIN       := $(VENV)/bin
 PIP       := $(BIN)/python -m pip --disable-pip-version-check -q install
 HAS_TORCH := -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'
@@ -41,12 +42,13 @@ format: $(VENV)/dev  ## rewrite the sources in ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/bench  ## every benchmark, each printing a ratio against a named peer
-	@for name in optimizer_step training_throughput loss_at_equal_tokens data_reading; do \
-	    $(BIN)/python -m benchmarks.$$name || exit 1; done
+bench: $(VENV)/bench $(READERS)/made  ## every benchmark, each printing a ratio against a named peer
+	@for name in optimizer_step training_throughput loss_at_equal_tokens sharded_optimizer \
+	    wire_bytes zero1_deepspeed; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	@$(READERS)/bin/python -m benchmarks.data_reading
 
 clean:  ## remove what building and testing left behind (runs/ stays)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(READERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # --- the environment: one stamp for each set of requirements ---------------------------------
 
@@ -68,5 +70,13 @@ $(VENV)/dev: $(VENV)/made setup.py
 	@touch $(VENV)/core $@
 
 $(VENV)/bench: $(VENV)/dev
-	@$(PIP) -e '.[bench]'
+	@echo "installing the benchmarks' peers"
+	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-build-isolation 'deepspeed>=0.19.8'
+	@touch $@
+
+# These readers pin other versions of torch and transformers than the tests need.
+$(READERS)/made: setup.py
+	@echo "making $(READERS)"
+	@$(PYTHON) -m venv $(READERS)
+	@$(READERS)/bin/python -m pip --disable-pip-version-check -q install -e '.[readers]'
 	@touch $@

@@ -56,7 +56,9 @@ setup(
         "data": ["pyarrow", "zstandard"],
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],
-        "bench": ["transformers", "torchdata", "mosaicml-streaming"],
+        # mosaicml-streaming asks for an older transformers and a torchvision with its own torch:
+        # an environment of its own (Makefile), never beside the others.
+        "readers": ["torchdata", "mosaicml-streaming"],
         "dev": [
             "pytest",
             "pytest-xdist",
