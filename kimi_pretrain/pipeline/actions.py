@@ -24,7 +24,9 @@ A receive is posted where it stands and awaited by the compute action that needs
 started where it stands.
 """
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -44,6 +46,9 @@ class Kind(StrEnum):
 
 
 COMPUTE = frozenset({Kind.F, Kind.I, Kind.W, Kind.B})
+BACKWARD = frozenset({Kind.I, Kind.B})  # what yields the gradient of a stage's input
+SENDS = frozenset({Kind.SEND_F, Kind.SEND_B})
+RECEIVES = frozenset({Kind.RECV_F, Kind.RECV_B})
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +77,67 @@ class Overlap:
 Node = Action | Overlap
 
 
+def leaves(node: Node) -> tuple[Action, ...]:
+    """The actions of a node: itself, or the two of a pair, the forward first."""
+    return (node,) if isinstance(node, Action) else (node.forward, node.backward)
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """What every rank does, in order; immutable and the same on every rank."""
+    """What every rank does, in order; immutable and the same on every rank.
 
-    name: str
+    Two schedules are equal where their ranks do the same; the name and what was promised of
+    memory are remarks, and the text form does not carry them.
+    """
+
+    name: str = field(compare=False)
     pp: int  # ranks
     vpp: int  # stages a rank
     microbatches: int
     ranks: tuple[tuple[Node, ...], ...]  # [pp] nodes of each rank
     placement: tuple[int, ...]  # [pp * vpp] the rank that holds each stage
+    # [pp] the most (stage, microbatch) that a rank keeps for backward at once; None: not promised
+    in_flight: tuple[int, ...] | None = field(default=None, compare=False)
 
     @property
     def stages(self) -> int:
         """Virtual stages of the model."""
         return self.pp * self.vpp
+
+    def to_text(self) -> list[str]:
+        """[pp] one row a rank, its nodes joined by commas, as torch.distributed.pipelining."""
+        return [",".join(map(str, row)) for row in self.ranks]
+
+    @classmethod
+    def from_text(cls, rows: Sequence[str], name: str = "text") -> "Schedule":
+        """The schedule that rows of text mean; shape and placement follow from what is there.
+
+        Raises:
+            ConfigError: a row that cannot be read, or that fits no pipeline; names the rank
+                and the position.
+        """
+        from kimi_pretrain.pipeline.text import schedule_from_rows
+
+        return schedule_from_rows(rows, name)
+
+    def to_json(self) -> str:
+        """All of it as one JSON object, the rows in the text format."""
+        from kimi_pretrain.pipeline.text import schedule_to_json
+
+        return schedule_to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Schedule":
+        """What `to_json` wrote.
+
+        Raises:
+            ConfigError: it is not JSON, a field is missing or of another type, or the rows do
+                not fit the fields.
+        """
+        from kimi_pretrain.pipeline.text import schedule_from_json
+
+        return schedule_from_json(text)
+
+    def digest(self) -> str:
+        """SHA-256 of what the ranks do: equal on two ranks if they follow the same schedule."""
+        return hashlib.sha256("\n".join(self.to_text()).encode()).hexdigest()
