@@ -4,6 +4,7 @@ The two public functions are named as their modules, so they are bound here, onc
 import on first use would give a function at first and a module afterwards. Neither needs torch.
 """
 
+from kimi_pretrain.pipeline.simulate import simulate
 from kimi_pretrain.pipeline.verify import verify
 
-__all__ = ["verify"]
+__all__ = ["simulate", "verify"]

@@ -79,31 +79,31 @@ def _places(schedule: Schedule) -> Places:
     """Where each action is; refuses what is out of range, on the wrong rank, or there twice."""
     places: Places = {}
     for rank, position, node in _nodes(schedule):
-
-        def wrong(
-            rule: str, fix: str, rank: int = rank, position: int = position, text: str = str(node)
-        ) -> ScheduleError:
-            return ScheduleError(schedule.name, rank, position, text, rule, fix)
-
         if isinstance(node, Overlap):
             if node.forward.kind is not Kind.F or node.backward.kind not in BACKWARD:
-                raise wrong("a pair is a forward and a backward (I or B)", "(3F4;7I3)OVERLAP_F_B")
+                rule = "a pair is a forward and a backward (I or B)"
+                raise _wrong(schedule, rank, position, rule, "(3F4;7I3)OVERLAP_F_B")
             if node.forward.microbatch == node.backward.microbatch:
-                rule = "a pair is of two microbatches: one's backward follows its own forward"
-                raise wrong(rule, "one more warm-up forward, or both apart")
+                rule = "a pair is of two microbatches: a backward follows its own forward"
+                raise _wrong(schedule, rank, position, rule, "one more warm-up forward")
         for action in leaves(node):
             stage, microbatch = action.stage, action.microbatch
             if not (0 <= stage < schedule.stages and 0 <= microbatch < schedule.microbatches):
-                rule = f"stages 0 to {schedule.stages - 1}, microbatches 0 to "
-                raise wrong(f"{rule}{schedule.microbatches - 1}", "one of these")
+                rule = f"{schedule.stages} stages and {schedule.microbatches} microbatches, from 0"
+                raise _wrong(schedule, rank, position, rule, "one of these")
             if schedule.placement[stage] != rank:
-                holder = schedule.placement[stage]
-                raise wrong(f"stage {stage} is on rank {holder}", f"rank {holder}")
+                holder = f"rank {schedule.placement[stage]}"
+                raise _wrong(schedule, rank, position, f"stage {stage} is on {holder}", holder)
             if action in places:
-                before = places[action][1]
-                raise wrong(f"{action} is at position {before} already", "once")
+                rule = f"{action} is at position {places[action][1]} already"
+                raise _wrong(schedule, rank, position, rule, "leaving one out")
             places[action] = rank, position
     return places
+
+
+def _wrong(schedule: Schedule, rank: int, position: int, rule: str, fix: str) -> ScheduleError:
+    node = str(schedule.ranks[rank][position])
+    return ScheduleError(schedule.name, rank, position, node, rule, fix)
 
 
 def _check_work(schedule: Schedule, places: Places, forward_only: bool) -> None:
@@ -117,12 +117,11 @@ def _check_work(schedule: Schedule, places: Places, forward_only: bool) -> None:
             if f not in places:
                 raise _absent(schedule, rank, f)
             if forward_only and backward:
-                rule, where = "nothing but forwards is done", places[backward[0]]
-                raise ScheduleError(schedule.name, *where, str(backward[0]), rule, "leave it out")
+                rule = "nothing but forwards is done"
+                raise _wrong(schedule, *places[backward[0]], rule, "leaving it out")
             if b in places and len(backward) > 1:
-                rule = f"{b} is I and W of the same"
-                where = places[backward[1]]
-                raise ScheduleError(schedule.name, *where, str(backward[1]), rule, "either")
+                rule = f"{b} is I and W of the same, and there as well"
+                raise _wrong(schedule, *places[backward[1]], rule, "leaving one out")
             if not forward_only and b not in places:
                 if not backward:
                     raise _absent(schedule, rank, b)
@@ -132,7 +131,7 @@ def _check_work(schedule: Schedule, places: Places, forward_only: bool) -> None:
 
 def _absent(schedule: Schedule, rank: int, action: Action) -> ScheduleError:
     rule = f"the rank of stage {action.stage} does it once"
-    return ScheduleError(schedule.name, rank, None, f"no {action}", rule, f"add {action}")
+    return ScheduleError(schedule.name, rank, None, f"no {action}", rule, f"adding {action}")
 
 
 def _check_messages(schedule: Schedule, places: Places) -> None:
@@ -146,7 +145,7 @@ def _check_messages(schedule: Schedule, places: Places) -> None:
         raise _absent(schedule, schedule.placement[action.stage], action)
     for action in sorted(found - wanted, key=str):
         rule = "nothing travels there: no such neighbour, or it is on the same rank"
-        raise ScheduleError(schedule.name, *places[action], str(action), rule, "leave it out")
+        raise _wrong(schedule, *places[action], rule, "leaving it out")
     sent: dict[tuple[int, int], list[Action]] = {}  # (sender, receiver) -> receives to come
     for rank, _, node in _nodes(schedule):
         if isinstance(node, Action) and node.kind in SENDS:
@@ -161,9 +160,7 @@ def _check_messages(schedule: Schedule, places: Places) -> None:
             expected = next(queues[sender, rank])
             if node != expected:
                 rule = f"rank {sender} sends {expected} first: both ends have the same order"
-                raise ScheduleError(
-                    schedule.name, rank, position, str(node), rule, f"{expected} here"
-                )
+                raise _wrong(schedule, rank, position, rule, f"{expected} here")
 
 
 def _check_offloads(schedule: Schedule, places: Places) -> None:
@@ -173,7 +170,7 @@ def _check_offloads(schedule: Schedule, places: Places) -> None:
             back = Action(Kind.PREFETCH, action.stage, action.microbatch)
             if back not in places:
                 rule = f"what leaves comes back: there is no {back}"
-                raise ScheduleError(schedule.name, rank, position, str(action), rule, f"add {back}")
+                raise _wrong(schedule, rank, position, rule, f"adding {back}")
 
 
 def _check_in_flight(schedule: Schedule, in_flight: int | Sequence[int] | None) -> None:
@@ -189,5 +186,5 @@ def _check_in_flight(schedule: Schedule, in_flight: int | Sequence[int] | None) 
             kept += kinds.count(Kind.F)
             if kept > most:
                 rule = f"it keeps {kept} (stage, microbatch) for backward, at most {most}"
-                raise ScheduleError(schedule.name, rank, position, str(node), rule, "fewer ahead")
+                raise _wrong(schedule, rank, position, rule, "fewer ahead")
             kept -= kinds.count(Kind.B) + kinds.count(Kind.W)
