@@ -1,9 +1,11 @@
 """One transformer layer as four phases: attend, dispatch, expert, combine.
 
-Each phase is a function of the former's result and holds no state, so that a schedule can
-run each between detached tensors, and let the communication of one microbatch fly while
-another computes (design 4.3). Run straight through they are the plain forward: there is no
-second implementation.
+``attend``, ``expert`` and ``combine`` compute; between them rows travel to their experts and
+back (the dispatcher's all-to-all, before ``expert`` and before ``combine``). Each is a function
+of tensors and holds no state, so that a schedule runs each between detached tensors
+(``model.tape``) and lets the communication of one microbatch fly while another computes
+(design 4.3). Run straight through they are the plain forward: there is no second
+implementation.
 """
 
 from dataclasses import dataclass
@@ -17,14 +19,22 @@ from kimi_pretrain.model.microbatch import Microbatch
 from kimi_pretrain.model.mlp import DenseMLP, MoE
 from kimi_pretrain.model.norm import RMSNorm
 from kimi_pretrain.model.router import Router
-from kimi_pretrain.parallel.dispatch import Arrived, Dispatcher, DispatchPlan, Route, plan_dispatch
+from kimi_pretrain.parallel.dispatch import (
+    Arrived,
+    Dispatcher,
+    DispatchPlan,
+    dispatched,
+    plan_dispatch,
+    sent_back,
+)
 
 
 @dataclass(frozen=True)
 class Routed:
-    """The routed part of a MoE layer's microbatch, as the dispatcher sends it."""
+    """What a MoE layer sends to its experts, and what it needs when it comes back."""
 
-    rows: Tensor  # [tokens * k, hidden] in expert order
+    rows: Tensor  # [tokens * k, hidden] in expert order (or as the dispatcher wants them)
+    sent_weights: Tensor | None  # router weights that travel with the rows
     weights: Tensor  # [tokens, k], factors of the experts' outputs
     plan: DispatchPlan
 
@@ -36,24 +46,6 @@ class Attended:
     residual: Tensor  # [batch, length, hidden], after attention
     hidden: Tensor  # [batch, length, hidden], normalised input of the MLP
     routed: Routed | None  # None in a dense layer
-
-
-@dataclass(frozen=True)
-class Dispatched:
-    """Result of ``dispatch``: the rows are where their experts are."""
-
-    attended: Attended
-    arrived: Arrived | None
-
-
-@dataclass(frozen=True)
-class Processed:
-    """Result of ``expert``."""
-
-    residual: Tensor  # [batch, length, hidden], dense or shared MLP added
-    rows: Tensor | None  # [rows, hidden] the experts' outputs, where the experts are
-    routed: Routed | None
-    route: Route | None  # how they came there
 
 
 class Layer(nn.Module):
@@ -85,9 +77,13 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, microbatch: Microbatch, dispatcher: Dispatcher) -> Tensor:
         """The four phases straight through: [batch, length, hidden] to the same shape."""
         attended = self.attend(x, microbatch, dispatcher)
-        dispatched = self.dispatch(attended, dispatcher)
-        processed = self.expert(dispatched)
-        return self.combine(processed, dispatcher)
+        routed = attended.routed
+        if routed is None:
+            return self.dense(attended.residual, attended.hidden)
+        arrived = dispatched(dispatcher, routed.rows, routed.sent_weights, routed.plan)
+        residual, rows = self.expert(attended.residual, attended.hidden, arrived)
+        rows = sent_back(dispatcher, rows, arrived.route)
+        return self.combine(residual, rows, routed.weights, routed.plan, dispatcher)
 
     def attend(self, x: Tensor, microbatch: Microbatch, dispatcher: Dispatcher) -> Attended:
         """Attention, residual, the MLP's norm; in a MoE layer also routing and permutation."""
@@ -100,33 +96,32 @@ class Layer(nn.Module):
         plan = plan_dispatch(routing.indices, self.cfg.n_routed_experts)
         if record is not None:
             record.observe_routing(self.moe_index, plan.counts, routing.aux_loss)
-        rows = dispatcher.permute(hidden.flatten(0, 1), plan)
-        return Attended(residual, hidden, Routed(rows, routing.weights, plan))
+        rows, sent = dispatcher.permute(hidden.flatten(0, 1), routing.weights, plan)
+        return Attended(residual, hidden, Routed(rows, sent, routing.weights, plan))
 
-    def dispatch(self, attended: Attended, dispatcher: Dispatcher) -> Dispatched:
-        """Rows to their experts (all-to-all)."""
-        routed = attended.routed
-        if routed is None:
-            return Dispatched(attended, None)
-        return Dispatched(attended, dispatcher.dispatch(routed.rows, routed.weights, routed.plan))
+    def dense(self, residual: Tensor, hidden: Tensor) -> Tensor:
+        """The rest of a dense layer."""
+        return residual + self.mlp(hidden)
 
-    def expert(self, dispatched: Dispatched) -> Processed:
-        """Routed experts on what arrived; the dense or shared MLP on this rank's tokens."""
-        attended = dispatched.attended
-        if isinstance(self.mlp, DenseMLP):
-            return Processed(attended.residual + self.mlp(attended.hidden), None, None, None)
-        arrived = dispatched.arrived
-        assert arrived is not None
+    def expert(self, residual: Tensor, hidden: Tensor, arrived: Arrived) -> tuple[Tensor, Tensor]:
+        """Routed experts on what arrived, and the shared expert on this rank's tokens.
+
+        Returns:
+            The residual with the shared expert's output added, and the experts' outputs
+            [rows, hidden], where the experts are.
+        """
+        assert isinstance(self.mlp, MoE)
         rows = self.mlp.experts(arrived)
-        shared = self.mlp.shared_experts(attended.hidden)
-        return Processed(attended.residual + shared, rows, attended.routed, arrived.route)
+        return residual + self.mlp.shared_experts(hidden), rows
 
-    def combine(self, processed: Processed, dispatcher: Dispatcher) -> Tensor:
-        """Rows back to their tokens (all-to-all), weighted sum, residual."""
-        routed = processed.routed
-        if routed is None:
-            return processed.residual
-        assert processed.rows is not None
-        rows = dispatcher.combine(processed.rows, processed.route)
-        total = dispatcher.unpermute(rows, routed.weights, routed.plan)
-        return processed.residual + total.view_as(processed.residual)
+    def combine(
+        self,
+        residual: Tensor,
+        rows: Tensor,
+        weights: Tensor,
+        plan: DispatchPlan,
+        dispatcher: Dispatcher,
+    ) -> Tensor:
+        """The weighted sum of each token's rows, which are back, and the residual."""
+        total = dispatcher.unpermute(rows, weights, plan)
+        return residual + total.view_as(residual)

@@ -35,12 +35,15 @@ _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 @dataclass
 class Traffic:
-    """Bytes that a rank sent to others through one group, by operation."""
+    """Bytes that a rank sent to others through one group, and calls, by operation."""
 
     sent: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
 
     def count(self, operation: str, size: int) -> None:
+        """One call that sent ``size`` bytes."""
         self.sent[operation] = self.sent.get(operation, 0) + size
+        self.calls[operation] = self.calls.get(operation, 0) + 1
 
     @property
     def total(self) -> int:
@@ -112,6 +115,7 @@ class Group:
         input: Tensor,
         output_splits: Sequence[int] | None = None,
         input_splits: Sequence[int] | None = None,
+        name: str = "all_to_all",
     ) -> Handle:
         """Part i of ``input`` to rank i, part i of ``output`` from rank i.
 
@@ -120,15 +124,16 @@ class Group:
             input: [rows, ...], contiguous, of the same dtype.
             output_splits: rows from each rank; None: equal parts.
             input_splits: rows to each rank; None: equal parts.
+            name: under which traffic is counted and a failure told.
         """
         if self.size == 1:
             output.copy_(input)
             return Handle()
         own = input.shape[0] // self.size if input_splits is None else input_splits[self.index]
         row = input.nbytes // input.shape[0] if input.shape[0] else 0
-        self.traffic.count("all_to_all", input.nbytes - own * row)
+        self.traffic.count(name, input.nbytes - own * row)
         return self._start(
-            "all_to_all",
+            name,
             lambda: dist.all_to_all_single(
                 _plain(output),
                 _plain(input),
@@ -208,6 +213,21 @@ class Group:
             lambda: dist.broadcast(
                 _plain(tensor), self.ranks[0], group=self.process_group, async_op=True
             ),
+        )
+
+    def send(self, tensor: Tensor, to: int) -> Handle:
+        """``tensor``, contiguous, to member number ``to``; matched in order of a pair's sends."""
+        self.traffic.count("send", tensor.nbytes)
+        return self._start(
+            f"send to rank {self.ranks[to]}",
+            lambda: dist.isend(_plain(tensor), self.ranks[to], group=self.process_group),
+        )
+
+    def receive(self, tensor: Tensor, source: int) -> Handle:
+        """Into ``tensor``, contiguous, what member number ``source`` sends."""
+        return self._start(
+            f"receive from rank {self.ranks[source]}",
+            lambda: dist.irecv(_plain(tensor), self.ranks[source], group=self.process_group),
         )
 
     def barrier(self) -> None:

@@ -17,16 +17,21 @@ from torch import Tensor
 
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.parallel.collectives import Group
-from kimi_pretrain.parallel.dispatch import Arrived, DispatchPlan, Route
+from kimi_pretrain.parallel.dispatch import Arrived, DispatchPlan, Flight, Route, Rows
 
 
 @dataclass(frozen=True)
 class DeepEPRoute(Route):
-    """A DeepEP handle beside the permutation on the receiving rank."""
+    """A DeepEP handle and the permutation on the receiving rank."""
 
     handle: Any
-    # order: [rows] slot (received token * k + j) of each row, in expert order
-    # inverse: [received, k] row of each slot; the number of rows where it is not for here
+    order: Tensor  # [rows] slot (received token * k + j) of each row, in expert order
+    inverse: Tensor  # [received, k] row of each slot; the number of rows where it is not here
+
+    @property
+    def tokens(self) -> Tensor:
+        """[rows] the received token of each row."""
+        return self.order // self.inverse.shape[1]
 
 
 class DeepEPDispatcher:
@@ -42,34 +47,46 @@ class DeepEPDispatcher:
         each = count // self.group.size
         return range(self.group.index * each, (self.group.index + 1) * each)
 
-    def permute(self, hidden: Tensor, plan: DispatchPlan) -> Tensor:
+    def permute(self, hidden: Tensor, weights: Tensor, plan: DispatchPlan) -> Rows:
         del plan
-        return hidden
+        return hidden, weights  # as tokens: [tokens, hidden], [tokens, k]
 
-    def dispatch(self, rows: Tensor, weights: Tensor, plan: DispatchPlan) -> Arrived:
+    def dispatch(self, rows: Tensor, weights: Tensor | None, plan: DispatchPlan) -> Flight[Arrived]:
+        assert weights is not None
         # plan.inverse is [tokens, k] positions in expert order; back to the experts themselves
-        of_position = torch.arange(len(plan.counts), device=rows.device).repeat_interleave(
-            plan.counts
+        count = len(plan.counts)
+        experts = torch.arange(count, device=rows.device).repeat_interleave(plan.counts)
+        indices = experts[plan.inverse]  # [tokens, k] int64
+        per_rank, per_rdma_rank, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(
+            indices, count
         )
-        indices = of_position[plan.inverse]  # [tokens, k] int64
-        received, arrived_weights, local, sizes, handle = _Dispatch.apply(  # type: ignore[no-untyped-call]
-            rows, weights.float(), indices, len(plan.counts), self.buffer
+        received, local, arrived_weights, sizes, handle, _ = self.buffer.dispatch(
+            rows,
+            topk_idx=indices,
+            topk_weights=weights.float(),
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_rdma_rank,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
         )
-        order, inverse = slots_by_expert(local)
-        route = DeepEPRoute((), (), order, inverse, handle)
-        slots = local.shape[1]
-        return Arrived(
-            _TakeSlots.apply(received, order // slots, inverse),  # type: ignore[no-untyped-call]
-            sizes,
-            arrived_weights.reshape(-1)[order].to(weights.dtype),
-            route,
-        )
+        route = DeepEPRoute(handle, *slots_by_expert(local))
+        own = arrived_weights.reshape(-1)[route.order].to(weights.dtype)
+        arrived = Arrived(received.index_select(0, route.tokens), sizes, own, route)
+        return Flight((), lambda: arrived)
 
-    def combine(self, rows: Tensor, route: Route | None) -> Tensor:
+    def send(self, rows: Tensor, route: Route) -> Flight[Tensor]:
         assert isinstance(route, DeepEPRoute)
-        summed = _SumSlots.apply(rows, route.order // route.inverse.shape[1], route.inverse)  # type: ignore[no-untyped-call]
-        result: Tensor = _Combine.apply(summed, route.handle, self.buffer)  # type: ignore[no-untyped-call]
-        return result
+        received = self.buffer.dispatch(rows.contiguous(), handle=route.handle)[0]
+        return Flight((), lambda: received.index_select(0, route.tokens))
+
+    def send_back(self, rows: Tensor, weights: Tensor | None, route: Route) -> Flight[Rows]:
+        assert isinstance(route, DeepEPRoute)
+        summed = _sum(rows, route.inverse)
+        slots = None
+        if weights is not None:
+            slots = torch.cat([weights, weights.new_zeros(1)])[route.inverse].float()
+        combined, back, _ = self.buffer.combine(summed, route.handle, topk_weights=slots)
+        return Flight((), lambda: (combined, None if weights is None else back.to(weights.dtype)))
 
     def unpermute(self, rows: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
         del weights, plan  # applied at the experts; summed on the way
@@ -116,75 +133,6 @@ def slots_by_expert(local: Tensor) -> tuple[Tensor, Tensor]:
     inverse = torch.full_like(flat, order.shape[0])
     inverse[order] = torch.arange(order.shape[0], device=flat.device)
     return order, inverse.view_as(local)
-
-
-class _Dispatch(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weights: Tensor, indices: Tensor, experts: int, buffer: Any
-    ) -> tuple[Tensor, Tensor, Tensor, list[int], Any]:
-        per_rank, per_rdma_rank, per_expert, in_rank, _ = buffer.get_dispatch_layout(
-            indices, experts
-        )
-        received, local, arrived_weights, sizes, handle, _ = buffer.dispatch(
-            x,
-            topk_idx=indices,
-            topk_weights=weights,
-            num_tokens_per_rank=per_rank,
-            num_tokens_per_rdma_rank=per_rdma_rank,
-            is_token_in_rank=in_rank,
-            num_tokens_per_expert=per_expert,
-        )
-        ctx.handle, ctx.buffer = handle, buffer
-        ctx.mark_non_differentiable(local)
-        return received, arrived_weights, local, sizes, handle
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weights, _ = ctx.buffer.combine(
-            grads[0].contiguous(), ctx.handle, topk_weights=grads[1].float()
-        )
-        return grad_x, grad_weights, None, None, None
-
-
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, handle: Any, buffer: Any) -> Tensor:
-        ctx.handle, ctx.buffer = handle, buffer
-        combined: Tensor = buffer.combine(x, handle)[0]
-        return combined
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.buffer.dispatch(grads[0].contiguous(), handle=ctx.handle)[0], None, None
-
-
-class _TakeSlots(torch.autograd.Function):
-    """Rows of received tokens in expert order; backward sums a token's rows in fixed order."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tokens: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, tokens)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return _sum(grads[0], inverse), None, None
-
-
-class _SumSlots(torch.autograd.Function):
-    """The inverse of ``_TakeSlots``: each received token's rows, summed."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, tokens: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens)
-        return _sum(rows, inverse)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (tokens,) = ctx.saved_tensors
-        return grads[0].index_select(0, tokens), None, None
 
 
 def _sum(rows: Tensor, inverse: Tensor) -> Tensor:

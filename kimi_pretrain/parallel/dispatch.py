@@ -3,25 +3,31 @@
 A *slot* is one choice of one token: slot ``t * k + j`` is token t's j-th expert. The model
 sorts slots by expert (``DispatchPlan``) and drives a ``Dispatcher`` through four steps::
 
-    permute    [tokens, hidden] -> rows to send         local
-    dispatch   rows -> rows at their experts            all-to-all
-    combine    the experts' outputs -> where they came from   all-to-all
-    unpermute  rows -> [tokens, hidden]                 local
+    permute    [tokens, hidden] -> rows to send               local, differentiable
+    dispatch   rows -> rows at their experts                  all-to-all
+    send_back  the experts' outputs -> where they came from   all-to-all
+    unpermute  rows -> [tokens, hidden]                       local, differentiable
+
+The all-to-alls take plain tensors and give a ``Flight`` each, so that a schedule computes
+something else meanwhile. What brings rows there and what brings them back are each other's
+transpose: gradients of ``dispatch`` travel by ``send_back``, those of ``send_back`` by
+``send``. ``dispatched`` and ``sent_back`` are both with a gradient, for a forward that is run
+straight through.
 
 Nothing is dropped or padded: an expert gets as many rows as tokens chose it, none too. A
 token's router weights multiply its experts' outputs: at the token, in ``unpermute``, or
 (``weights_at_experts``) before the down-projection, in which case they travel with the rows.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from kimi_pretrain.ops.permute import reorder_rows, summed_rows, take_rows, weighted_rows
-from kimi_pretrain.parallel.collectives import Group
+from kimi_pretrain.ops.permute import summed_rows, take_rows, weighted_rows
+from kimi_pretrain.parallel.collectives import Group, Handle
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,12 @@ class DispatchPlan:
 
 @dataclass(frozen=True)
 class Route:
-    """How rows travelled, for their way back."""
+    """How rows travelled, for their way back; within one rank they did not."""
+
+
+@dataclass(frozen=True)
+class TravelledRoute(Route):
+    """The way through an all-to-all."""
 
     sent: Sequence[int]  # rows to each rank of the group
     received: Sequence[int]  # rows from each rank
@@ -50,11 +61,34 @@ class Arrived:
     rows: Tensor  # [rows, hidden], the rows of the first local expert first
     sizes: Sequence[int]  # rows of each local expert
     weights: Tensor | None  # [rows] router weights, where experts apply them
-    route: Route | None  # None where nothing travelled
+    route: Route
+
+
+T = TypeVar("T", covariant=True)
+
+
+class Flight(Generic[T]):
+    """Rows on their way; ``wait`` gives what arrived, once."""
+
+    def __init__(self, handles: Sequence[Handle], land: Callable[[], T]) -> None:
+        self._handles, self._land = handles, land
+
+    def wait(self) -> T:
+        """What arrived.
+
+        Raises:
+            PeerError: it did not before the deadline.
+        """
+        for handle in self._handles:
+            handle.wait()
+        return self._land()
+
+
+Rows = tuple[Tensor, Tensor | None]  # rows [rows, hidden], the weights that travel with them
 
 
 class Dispatcher(Protocol):
-    """Moves rows to the ranks of their experts and back; differentiable both ways."""
+    """Moves rows to the ranks of their experts and back."""
 
     weights_at_experts: bool
 
@@ -62,20 +96,31 @@ class Dispatcher(Protocol):
         """Which of a layer's ``count`` experts this rank holds."""
         ...
 
-    def permute(self, hidden: Tensor, plan: DispatchPlan) -> Tensor:
-        """[tokens, hidden] to the rows that ``dispatch`` takes."""
+    def permute(self, hidden: Tensor, weights: Tensor, plan: DispatchPlan) -> Rows:
+        """What ``dispatch`` takes, of [tokens, hidden] and router weights [tokens, k].
+
+        Differentiable. The weights are None where they do not travel.
+        """
         ...
 
-    def dispatch(self, rows: Tensor, weights: Tensor, plan: DispatchPlan) -> Arrived:
-        """Rows to the experts of this rank; ``weights`` [tokens, k] are the router's."""
+    def dispatch(self, rows: Tensor, weights: Tensor | None, plan: DispatchPlan) -> Flight[Arrived]:
+        """What ``permute`` gave, to the experts' ranks."""
         ...
 
-    def combine(self, rows: Tensor, route: Route | None) -> Tensor:
-        """Rows [rows, hidden] as they arrived, processed, back to where they came from."""
+    def send(self, rows: Tensor, route: Route) -> Flight[Tensor]:
+        """Rows the way of an earlier ``dispatch``: the gradient of ``send_back``."""
+        ...
+
+    def send_back(self, rows: Tensor, weights: Tensor | None, route: Route) -> Flight[Rows]:
+        """Rows as they arrived, processed, to where they came from.
+
+        With ``weights`` [rows] the gradient of ``dispatch``: what comes back has the shapes
+        that ``permute`` gave.
+        """
         ...
 
     def unpermute(self, rows: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
-        """The weighted sum of each token's rows: [tokens, hidden]."""
+        """The weighted sum of each token's rows: [tokens, hidden]; differentiable."""
         ...
 
 
@@ -88,16 +133,20 @@ class LocalDispatcher:
     def experts(self, count: int) -> range:
         return range(count)
 
-    def permute(self, hidden: Tensor, plan: DispatchPlan) -> Tensor:
-        return take_rows(hidden, plan.order, plan.inverse)
-
-    def dispatch(self, rows: Tensor, weights: Tensor, plan: DispatchPlan) -> Arrived:
+    def permute(self, hidden: Tensor, weights: Tensor, plan: DispatchPlan) -> Rows:
         own = slot_weights(weights, plan) if self.weights_at_experts else None
-        return Arrived(rows, plan.counts.tolist(), own, None)
+        return take_rows(hidden, plan.order, plan.inverse), own
 
-    def combine(self, rows: Tensor, route: Route | None) -> Tensor:
+    def dispatch(self, rows: Tensor, weights: Tensor | None, plan: DispatchPlan) -> Flight[Arrived]:
+        return Flight((), lambda: Arrived(rows, plan.counts.tolist(), weights, Route()))
+
+    def send(self, rows: Tensor, route: Route) -> Flight[Tensor]:
         del route
-        return rows
+        return Flight((), lambda: rows)
+
+    def send_back(self, rows: Tensor, weights: Tensor | None, route: Route) -> Flight[Rows]:
+        del route
+        return Flight((), lambda: (rows, weights))
 
     def unpermute(self, rows: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
         if self.weights_at_experts:
@@ -121,30 +170,97 @@ class AllToAllDispatcher(LocalDispatcher):
         each = count // self.group.size
         return range(self.group.index * each, (self.group.index + 1) * each)
 
-    def dispatch(self, rows: Tensor, weights: Tensor, plan: DispatchPlan) -> Arrived:
+    def dispatch(self, rows: Tensor, weights: Tensor | None, plan: DispatchPlan) -> Flight[Arrived]:
         counts = plan.counts.view(self.group.size, -1)  # [ranks, local experts]
         arriving = torch.empty_like(counts)
-        self.group.all_to_all(arriving, counts).wait()
-        sent = counts.sum(1)
-        received, sizes = arriving.sum(1), arriving.sum(0)
+        self.group.all_to_all(arriving, counts, name="counts").wait()
         order = expert_order(arriving)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(order.shape[0], device=order.device)
-        route = Route(sent.tolist(), received.tolist(), order, inverse)
-        own = None
-        if self.weights_at_experts:
-            column = slot_weights(weights, plan)[:, None]
-            own = self._to_experts(column, route)[:, 0]
-        return Arrived(self._to_experts(rows, route), sizes.tolist(), own, route)
+        route = TravelledRoute(counts.sum(1).tolist(), arriving.sum(1).tolist(), order, inverse)
+        sizes = arriving.sum(0).tolist()
+        arrived, flying = self._travel(rows, route.sent, route.received)
+        handles = [flying]
+        column = None
+        if weights is not None:
+            column, also = self._travel(weights[:, None], route.sent, route.received)
+            handles.append(also)
 
-    def combine(self, rows: Tensor, route: Route | None) -> Tensor:
-        assert route is not None
-        rows = reorder_rows(rows, route.inverse, route.order)
-        return all_to_all_rows(rows, self.group, route.received, route.sent)
+        def land() -> Arrived:
+            own = None if column is None else column[:, 0].index_select(0, order)
+            return Arrived(arrived.index_select(0, order), sizes, own, route)
 
-    def _to_experts(self, rows: Tensor, route: Route) -> Tensor:
-        arrived = all_to_all_rows(rows, self.group, route.sent, route.received)
-        return reorder_rows(arrived, route.order, route.inverse)
+        return Flight(handles, land)
+
+    def send(self, rows: Tensor, route: Route) -> Flight[Tensor]:
+        assert isinstance(route, TravelledRoute)
+        arrived, flying = self._travel(rows, route.sent, route.received)
+        return Flight([flying], lambda: arrived.index_select(0, route.order))
+
+    def send_back(self, rows: Tensor, weights: Tensor | None, route: Route) -> Flight[Rows]:
+        assert isinstance(route, TravelledRoute)
+        inverse = route.inverse
+        back, flying = self._travel(rows.index_select(0, inverse), route.received, route.sent)
+        handles = [flying]
+        column = None
+        if weights is not None:
+            own = weights.index_select(0, inverse)[:, None]
+            column, also = self._travel(own, route.received, route.sent)
+            handles.append(also)
+        return Flight(handles, lambda: (back, None if column is None else column[:, 0]))
+
+    def _travel(
+        self, rows: Tensor, sent: Sequence[int], received: Sequence[int]
+    ) -> tuple[Tensor, Handle]:
+        arrived = rows.new_empty(sum(received), rows.shape[1])
+        return arrived, self.group.all_to_all(arrived, rows.contiguous(), received, sent)
+
+
+def dispatched(
+    dispatcher: Dispatcher, rows: Tensor, weights: Tensor | None, plan: DispatchPlan
+) -> Arrived:
+    """``dispatch`` and its landing, differentiable in rows and weights."""
+    got: list[Arrived] = []
+    arrived, own = _Dispatched.apply(rows, weights, plan, dispatcher, got)  # type: ignore[no-untyped-call]
+    return replace(got[0], rows=arrived, weights=own)
+
+
+def sent_back(dispatcher: Dispatcher, rows: Tensor, route: Route) -> Tensor:
+    """``send_back`` and its landing, differentiable."""
+    return _SentBack.apply(rows, route, dispatcher)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Dispatched(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weights: Tensor | None,
+        plan: DispatchPlan,
+        dispatcher: Dispatcher,
+        got: list[Arrived],
+    ) -> tuple[Tensor, Tensor | None]:
+        arrived = dispatcher.dispatch(rows, weights, plan).wait()
+        got.append(arrived)
+        ctx.dispatcher, ctx.route = dispatcher, arrived.route
+        return arrived.rows.view_as(arrived.rows), arrived.weights
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weights = ctx.dispatcher.send_back(grads[0], grads[1], ctx.route).wait()
+        return rows, weights, None, None, None
+
+
+class _SentBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, route: Route, dispatcher: Dispatcher) -> Tensor:
+        ctx.dispatcher, ctx.route = dispatcher, route
+        back: Tensor = dispatcher.send_back(rows, None, route).wait()[0]
+        return back.view_as(back)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.dispatcher.send(grads[0], ctx.route).wait(), None, None
 
 
 def plan_dispatch(indices: Tensor, experts: int) -> DispatchPlan:
@@ -177,29 +293,3 @@ def expert_order(arriving: Tensor) -> Tensor:
     shift = starts - (lengths.cumsum(0) - lengths)
     rows = torch.arange(int(lengths.sum()), device=arriving.device)
     return rows + shift.repeat_interleave(lengths)
-
-
-def all_to_all_rows(
-    rows: Tensor, group: Group, sent: Sequence[int], received: Sequence[int]
-) -> Tensor:
-    """Uneven all-to-all of rows [sum(sent), width] to [sum(received), width]."""
-    return _AllToAllRows.apply(rows, group, sent, received)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _AllToAllRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, group: Group, sent: Sequence[int], received: Sequence[int]
-    ) -> Tensor:
-        ctx.group, ctx.sent, ctx.received = group, sent, received
-        return _travel(rows, group, sent, received)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _travel(grads[0], ctx.group, ctx.received, ctx.sent), None, None, None
-
-
-def _travel(rows: Tensor, group: Group, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-    arrived = rows.new_empty(sum(received), rows.shape[1])
-    group.all_to_all(arrived, rows.contiguous(), received, sent).wait()
-    return arrived

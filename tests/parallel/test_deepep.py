@@ -11,7 +11,13 @@ from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.model.mlp import Experts
 from kimi_pretrain.parallel.collectives import Group
 from kimi_pretrain.parallel.deepep import DeepEPDispatcher, open_deepep, slots_by_expert
-from kimi_pretrain.parallel.dispatch import AllToAllDispatcher, Dispatcher, plan_dispatch
+from kimi_pretrain.parallel.dispatch import (
+    AllToAllDispatcher,
+    Dispatcher,
+    dispatched,
+    plan_dispatch,
+    sent_back,
+)
 from kimi_pretrain.parallel.world import open_world
 from tests.distributed.ranks import run_ranks
 
@@ -101,8 +107,8 @@ def _layer(dispatcher: Dispatcher, rank: int) -> list[Tensor]:
         torch.nn.init.normal_(parameter)
     grad = torch.randn(TOKENS, WIDTH, dtype=torch.float64)
     plan = plan_dispatch(indices, EXPERTS)
-    arrived = dispatcher.dispatch(dispatcher.permute(hidden, plan), weights, plan)
-    rows = dispatcher.combine(experts(arrived), arrived.route)
+    arrived = dispatched(dispatcher, *dispatcher.permute(hidden, weights, plan), plan)
+    rows = sent_back(dispatcher, experts(arrived), arrived.route)
     out = dispatcher.unpermute(rows, weights, plan)
     out.backward(grad)
     grads = [hidden.grad, weights.grad, *(p.grad for p in experts.parameters())]

@@ -19,11 +19,14 @@ def test_plan_sorts_slots_by_expert_and_back() -> None:
 def test_one_rank_keeps_rows_where_they_are() -> None:
     plan = plan_dispatch(torch.tensor([[1], [0], [1]]), experts=3)
     rows, weights = torch.randn(3, 4), torch.rand(3, 1)
-    arrived = LocalDispatcher().dispatch(rows, weights, plan)
+    local = LocalDispatcher()
+    assert local.permute(rows, weights, plan)[1] is None
+    arrived = local.dispatch(rows, None, plan).wait()
     assert arrived.rows is rows
     assert list(arrived.sizes) == [1, 2, 0]
     assert arrived.weights is None
-    assert LocalDispatcher().combine(rows, arrived.route) is rows
+    assert local.send_back(rows, None, arrived.route).wait() == (rows, None)
+    assert local.send(rows, arrived.route).wait() is rows
 
 
 def test_weights_at_experts_are_in_the_rows_order() -> None:
@@ -32,7 +35,7 @@ def test_weights_at_experts_are_in_the_rows_order() -> None:
     weights = torch.tensor([[0.1, 0.2], [0.3, 0.4]])
     local = LocalDispatcher(weights_at_experts=True)
     hidden = torch.randn(2, 4)
-    arrived = local.dispatch(local.permute(hidden, plan), weights, plan)
+    arrived = local.dispatch(*local.permute(hidden, weights, plan), plan).wait()
     assert arrived.weights is not None
     assert torch.equal(arrived.weights, torch.tensor([0.2, 0.3, 0.1, 0.4]))
     total = local.unpermute(arrived.rows * arrived.weights[:, None], weights, plan)

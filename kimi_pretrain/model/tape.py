@@ -1,0 +1,234 @@
+"""Forward and backward of a chunk as generators that stop where communication flies.
+
+Every phase is a small autograd graph between detached tensors. Its ``Graph`` keeps the leaves
+it began from and the edges where gradients enter, not the outputs themselves: rows that have
+been sent are freed. A generator starts an all-to-all and yields; whoever drives it computes
+something else, of another microbatch, and resumes it when the rows are wanted::
+
+    forward    attend  [dispatch]  expert  [combine]   combine ...
+    backward   combine [combine]   expert  [dispatch]  attend  ...
+
+Driven straight through, the two are the forward and the backward of the same phases that
+``Layer.forward`` runs under one autograd graph.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from kimi_pretrain.model.chunk import Chunk
+from kimi_pretrain.model.layer import Layer
+from kimi_pretrain.model.microbatch import Microbatch
+from kimi_pretrain.parallel.dispatch import Dispatcher, Flight, Route
+
+Steps = Generator[Flight[Any], None, Tensor]  # yields what flies, returns the result
+
+
+class Graph:
+    """One phase's autograd graph, between leaves and the edges of its outputs."""
+
+    def __init__(self, leaves: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> None:
+        self.leaves = leaves
+        self._edges: list[GradientEdge | None] = [
+            get_gradient_edge(out) if out is not None and out.requires_grad else None
+            for out in outputs
+        ]
+
+    def backward(self, *grads: Tensor | None) -> list[Tensor | None]:
+        """Gradients of the leaves from those of the outputs; the graph is spent."""
+        pairs = [
+            (edge, grad)
+            for edge, grad in zip(self._edges, grads, strict=True)
+            if edge is not None and grad is not None
+        ]
+        torch.autograd.backward([edge for edge, _ in pairs], [grad for _, grad in pairs])
+        found = [None if leaf is None else leaf.grad for leaf in self.leaves]
+        self.leaves, self._edges = (), []
+        return found
+
+
+@dataclass
+class LayerTape:
+    """What a layer keeps of one microbatch between its forward and its backward."""
+
+    attend: Graph
+    route: Route | None = None  # None in a dense layer, which is one graph
+    expert: Graph | None = None
+    combine: Graph | None = None
+
+
+@dataclass
+class ChunkTape:
+    """What a chunk keeps of one microbatch."""
+
+    before: Graph | None  # the embedding, in the first chunk
+    layers: list[LayerTape]
+    after: Graph | None  # the final norm, and the loss, in the last chunk
+
+
+def straight(steps: Steps) -> Tensor:
+    """Drive steps to their end; every flight is awaited as soon as it has begun."""
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        result: Tensor = end.value
+        return result
+
+
+def forward_steps(
+    chunk: Chunk,
+    x: Tensor,
+    microbatch: Microbatch,
+    dispatcher: Dispatcher,
+    keep: Callable[[ChunkTape], None],
+    loss: Callable[[Tensor], Tensor] | None = None,
+) -> Steps:
+    """A chunk's forward of one microbatch.
+
+    Args:
+        chunk: the layers.
+        x: tokens [batch, length] in the first chunk, else hidden states.
+        microbatch: positions, documents, observer.
+        dispatcher: to the experts.
+        keep: gets the tape.
+        loss: in the last chunk: of the normalised hidden states.
+
+    Returns:
+        Hidden states [batch, length, hidden], detached; in the last chunk the loss.
+    """
+    tape = ChunkTape(None, [], None)
+    backbone = chunk.model
+    if hasattr(backbone, "embed_tokens"):
+        tape.before, (x,) = _run(lambda: (backbone.embed_tokens(x),))
+    for layer in backbone.layers.values():
+        assert isinstance(layer, Layer)
+        x = yield from _layer_forward(layer, x, microbatch, dispatcher, tape.layers)
+    if loss is not None:
+        tape.after, (x,) = _run(lambda h: (loss(backbone.norm(h)),), x)
+    keep(tape)
+    return x
+
+
+def backward_steps(tape: ChunkTape, grad: Tensor, dispatcher: Dispatcher) -> Steps:
+    """A chunk's backward of one microbatch; the tape is spent.
+
+    Args:
+        tape: of the forward.
+        grad: of what the forward returned.
+        dispatcher: to the experts.
+
+    Returns:
+        The gradient of the chunk's input; an empty tensor in the first chunk.
+    """
+    if tape.after is not None:
+        grad = _one(tape.after.backward(grad))
+    while tape.layers:
+        grad = yield from _layer_backward(tape.layers.pop(), grad, dispatcher)
+    if tape.before is not None:
+        tape.before.backward(grad)
+        return grad.new_empty(0)
+    return grad
+
+
+def _layer_forward(
+    layer: Layer,
+    x: Tensor,
+    microbatch: Microbatch,
+    dispatcher: Dispatcher,
+    tapes: list[LayerTape],
+) -> Steps:
+    if layer.router is None:
+
+        def whole(x: Tensor) -> tuple[Tensor]:
+            attended = layer.attend(x, microbatch, dispatcher)
+            return (layer.dense(attended.residual, attended.hidden),)
+
+        graph, (x,) = _run(whole, x)
+        tapes.append(LayerTape(graph))
+        return x
+
+    kept: list[Any] = []
+
+    def attend(x: Tensor) -> tuple[Tensor | None, ...]:
+        attended = layer.attend(x, microbatch, dispatcher)
+        routed = attended.routed
+        assert routed is not None
+        kept.append(routed.plan)
+        return (
+            attended.residual,
+            attended.hidden,
+            routed.rows,
+            routed.sent_weights,
+            routed.weights,
+        )
+
+    graph, (residual, hidden, rows, sent_weights, weights) = _run(attend, x)
+    tape = LayerTape(graph)
+    (plan,) = kept
+    flight = dispatcher.dispatch(rows, sent_weights, plan)
+    del rows, sent_weights, x
+    yield flight
+    arrived = flight.wait()
+
+    def expert(
+        residual: Tensor, hidden: Tensor, rows: Tensor, own: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        return layer.expert(residual, hidden, replace(arrived_, rows=rows, weights=own))
+
+    arrived_ = replace(arrived, rows=arrived.rows[:0], weights=None)
+    tape.route = arrived.route
+    tape.expert, (residual, rows) = _run(expert, residual, hidden, arrived.rows, arrived.weights)
+    del arrived, hidden
+    back = dispatcher.send_back(rows, None, tape.route)
+    del rows
+    yield back
+    (returned, _) = back.wait()
+    tape.combine, (x,) = _run(
+        lambda residual, rows, weights: (layer.combine(residual, rows, weights, plan, dispatcher),),
+        residual,
+        returned,
+        weights,
+    )
+    tapes.append(tape)
+    return x
+
+
+def _layer_backward(tape: LayerTape, grad: Tensor, dispatcher: Dispatcher) -> Steps:
+    if tape.route is None:
+        return _one(tape.attend.backward(grad))
+    assert tape.combine is not None
+    assert tape.expert is not None
+    residual, rows, weights = tape.combine.backward(grad)
+    assert rows is not None
+    there = dispatcher.send(rows, tape.route)
+    del rows
+    yield there
+    residual, hidden, rows, own = tape.expert.backward(residual, there.wait())
+    assert rows is not None
+    back = dispatcher.send_back(rows, own, tape.route)
+    del rows
+    yield back
+    returned, sent_weights = back.wait()
+    return _one(tape.attend.backward(residual, hidden, returned, sent_weights, weights))
+
+
+def _run(
+    phase: Callable[..., tuple[Tensor | None, ...]], *inputs: Tensor | None
+) -> tuple[Graph, tuple[Any, ...]]:
+    """A phase on detached inputs: its graph, and its outputs detached."""
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        outputs = phase(*leaves)
+    graph = Graph(leaves, outputs)
+    return graph, tuple(None if out is None else out.detach() for out in outputs)
+
+
+def _one(grads: list[Tensor | None]) -> Tensor:
+    (grad,) = grads
+    assert grad is not None
+    return grad
