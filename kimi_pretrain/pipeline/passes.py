@@ -24,7 +24,7 @@ from kimi_pretrain.pipeline.replay import Replay, blocked, compute_needs, spans
 from kimi_pretrain.pipeline.transfers import has_p2p, transfer
 
 
-def overlap_expert_comm(schedule: Schedule) -> Schedule:
+def overlap_expert_comm(schedule: Schedule, apart: Sequence[int] | None = None) -> Schedule:
     """Joins a forward and the backward next to it into a pair, whose all-to-alls hide each other.
 
     Two nodes become a pair if the forward directly precedes the backward, their microbatches
@@ -32,11 +32,19 @@ def overlap_expert_comm(schedule: Schedule) -> Schedule:
     may wait for what another rank makes of the other. `k2` has the additional warm-up forward
     that makes pairs of the whole steady state.
 
+    Args:
+        schedule: of compute actions.
+        apart: [pp] how many nodes at a rank's start, its warm-up, stay as they are; None: 0.
+
     Raises:
         ScheduleError: sends and receives are in already, or the ranks block each other.
     """
     _refuse_p2p(schedule, "overlap_expert_comm")
-    ranks = [_paired(row) for row in schedule.ranks]
+    leave = [0] * schedule.pp if apart is None else apart
+    ranks = [
+        [*row[:count], *_paired(row[count:])]
+        for row, count in zip(schedule.ranks, leave, strict=True)
+    ]
     replay = Replay(ranks, compute_needs(schedule.stages))
     while not replay.run():
         split = False
@@ -47,11 +55,7 @@ def overlap_expert_comm(schedule: Schedule) -> Schedule:
                 split = True
         if not split:
             raise blocked(replace(schedule, ranks=_rows(ranks)), replay)
-    bound = schedule.in_flight
-    everything = schedule.vpp * schedule.microbatches
-    if bound is not None:  # a pair has begun its forward before its backward has freed anything
-        bound = tuple(min(most + 1, everything) for most in bound)
-    return replace(schedule, ranks=_rows(ranks), in_flight=bound)
+    return replace(schedule, ranks=_rows(ranks))
 
 
 def _paired(row: Sequence[Node]) -> list[Node]:

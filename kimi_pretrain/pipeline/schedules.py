@@ -87,9 +87,13 @@ def k2(pp: int, vpp: int, microbatches: int, group_size: int | None = None) -> S
 
     Args and errors are those of `interleaved_1f1b`.
     """
-    ahead = _warm_up(pp, vpp, group_size, 2)
-    order = _interleaved("k2", pp, vpp, microbatches, group_size, lambda rank: ahead(rank) + 1)
-    return split_weight_grad(overlap_expert_comm(order))
+    interleaved = _warm_up(pp, vpp, group_size, 2)
+
+    def warm_up(rank: int) -> int:
+        return interleaved(rank) + 1
+
+    order = _interleaved("k2", pp, vpp, microbatches, group_size, warm_up)
+    return split_weight_grad(overlap_expert_comm(order, apart=[warm_up(r) for r in range(pp)]))
 
 
 def zb_h1(pp: int, vpp: int, microbatches: int) -> Schedule:

@@ -1,11 +1,13 @@
 """Which layers a stage holds."""
 
+from itertools import combinations, pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_pretrain.config.errors import ConfigError
-from kimi_pretrain.plan.stages import stage_layers
+from kimi_pretrain.plan.stages import balanced_layers, stage_layers
 
 
 def test_k2_on_16_stages() -> None:
@@ -30,3 +32,48 @@ def test_more_stages_than_layers_are_refused() -> None:
     """Catches an empty stage that fails only when a rank builds it."""
     with pytest.raises(ConfigError, match=r"parallel\.pp: got 5; .* 4 layers; try parallel\.pp=4"):
         stage_layers(4, 5)
+
+
+def test_the_costliest_stage_costs_least() -> None:
+    """Catches the head's stage with as many layers as the others: all ranks wait for it."""
+    costs = [0.4] + [1.0] * 60  # K2: the first layer is dense
+    sizes = [len(stage) for stage in balanced_layers(costs, 16, first_extra=0.1, last_extra=1.9)]
+    assert sizes[-1] == 2
+    assert max(sizes) == 4
+    assert sum(sizes) == 61
+    assert [len(stage) for stage in balanced_layers([1, 1, 1, 5, 1, 1], 3)] == [3, 1, 2]
+
+
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=9),
+    st.integers(1, 9),
+    st.integers(0, 9),
+    st.integers(0, 9),
+)
+def test_no_split_is_better(costs: list[int], stages: int, first: int, last: int) -> None:
+    """Catches a greedy split, an empty stage or a forgotten embedding or head."""
+    stages = min(stages, len(costs))
+
+    def loads(cuts: tuple[int, ...]) -> list[int]:
+        edges = (0, *cuts, len(costs))
+        load = [sum(costs[a:b]) for a, b in pairwise(edges)]
+        load[0] += first
+        load[-1] += last
+        return load
+
+    ranges = balanced_layers(costs, stages, first, last)
+    assert [index for stage in ranges for index in stage] == list(range(len(costs)))
+    assert all(ranges)
+    found = loads(tuple(stage.stop for stage in ranges[:-1]))
+    every = [loads(cuts) for cuts in combinations(range(1, len(costs)), stages - 1)]
+    least = min(map(max, every))
+    assert max(found) == least
+    even = min(sum(x * x for x in load) for load in every if max(load) == least)
+    assert sum(x * x for x in found) == even
+
+
+@pytest.mark.parametrize(("stages", "fix"), [(5, "4 stages"), (0, "1 stages")])
+def test_balancing_more_stages_than_layers_is_refused(stages: int, fix: str) -> None:
+    """Catches pp x vpp chunks of which some hold nothing."""
+    with pytest.raises(ConfigError, match=f"pipeline stages: got {stages}; .* 4 layers; try {fix}"):
+        balanced_layers([1.0] * 4, stages)
