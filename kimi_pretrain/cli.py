@@ -21,6 +21,7 @@ usage: kimi-pretrain COMMAND ...
   plan      say what a run will need: layout, bytes and work of every rank
   ckpt      list, verify and export the checkpoints of a run
   report    write a page with plots of a run
+  trace     draw a pipeline schedule, or a run's step beside it, in time
 
 kimi-pretrain COMMAND --help says more; docs/configuration.md lists what can be set.
 Completion: eval "$(kimi-pretrain train --shell-completion install=bash)"
@@ -109,6 +110,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": _command("kimi_pretrain.plan.commands"),
     "ckpt": _command("kimi_pretrain.checkpoint.commands"),
     "report": _report,
+    "trace": _command("kimi_pretrain.telemetry.commands"),
 }
 
 

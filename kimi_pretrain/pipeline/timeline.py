@@ -6,9 +6,11 @@ share, then one row an interval, in seconds of this rank's clock.
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple
@@ -22,6 +24,8 @@ COPY: Final = "copy"
 RESOURCES: Final = (COMPUTE, ALL_TO_ALL, P2P, COPY)
 
 Span = tuple[float, float]
+
+_ACTION = re.compile(r"[0-9]+[A-Z_]+[0-9]+( [\w.]+)?")
 
 
 class Interval(NamedTuple):
@@ -221,23 +225,32 @@ def read_rows(directory: Path, name: str = "measured") -> Timeline:
 
 def _read(path: Path) -> list[Interval]:
     """The intervals of one file, on the clock that all ranks share."""
-    intervals, offset = [], None
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    header, *lines = path.read_bytes().split(b"\n")
+    try:
+        offset = float(json.loads(header)["clock_offset"])
+    except (ValueError, TypeError, KeyError):
+        raise _bad_row(path, 1, header, "the first row is {clock_offset: seconds}") from None
+    intervals = []
+    for number, line in enumerate(lines, 2):
+        if not line:
+            continue
         try:
-            row = json.loads(line)
-            if number == 1:
-                offset = float(row["clock_offset"])
-                continue
-            assert offset is not None
-            interval = Interval(**row)
-            start, end = float(interval.start) + offset, float(interval.end) + offset
-            interval = interval._replace(rank=int(interval.rank), start=start, end=end)
-        except (ValueError, TypeError, KeyError):
-            rule = "the first row is {clock_offset}, all others " + ", ".join(Interval._fields)
-            raise ConfigError(f"{path.name}:{number}", line[:80], rule, "a new trace") from None
-        known = interval.resource in RESOURCES and _stage(str(interval.name)).isdecimal()
-        if not known or interval.rank < 0 or end < start:
-            rule = f"resources are {', '.join(RESOURCES)}, names like '3F4 attend', end >= start"
-            raise ConfigError(f"{path.name}:{number}", line[:80], rule, "a new trace")
-        intervals.append(interval)
+            row = Interval(**json.loads(line))
+            rank, start, end = int(row.rank), float(row.start) + offset, float(row.end) + offset
+        except (ValueError, TypeError):
+            fields = ", ".join(Interval._fields)
+            raise _bad_row(path, number, line, f"a row has {fields}") from None
+        if row.resource not in RESOURCES or not _ACTION.fullmatch(str(row.name)):
+            rule = f"resources are {', '.join(RESOURCES)}, names are as '3F4 attend'"
+            raise _bad_row(path, number, line, rule)
+        if not (rank >= 0 and -inf < start <= end < inf):
+            raise _bad_row(
+                path, number, line, "ranks count from 0, and no interval ends before it starts"
+            )
+        intervals.append(row._replace(rank=rank, start=start, end=end))
     return intervals
+
+
+def _bad_row(path: Path, number: int, line: bytes, rule: str) -> ConfigError:
+    shown = line[:80].decode("utf-8", "replace")
+    return ConfigError(f"{path.name}, row {number}", shown, rule, "tracing the run again")

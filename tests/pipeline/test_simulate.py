@@ -11,6 +11,15 @@ from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.pipeline.actions import Schedule
 from kimi_pretrain.pipeline.costs import Costs, Extra, Phases
 from kimi_pretrain.pipeline.errors import ScheduleError
+from kimi_pretrain.pipeline.passes import insert_offload, insert_p2p
+from kimi_pretrain.pipeline.schedules import (
+    GENERATORS,
+    forward_only,
+    generate,
+    interleaved_1f1b,
+    k2,
+    zb_h1,
+)
 from kimi_pretrain.pipeline.simulate import simulate
 from kimi_pretrain.pipeline.timeline import ALL_TO_ALL, COMPUTE, COPY, P2P, Peak, Timeline
 from tests.pipeline.handmade import gpipe, one_f_one_b
@@ -249,6 +258,71 @@ def test_no_step_beats_the_bounds(
     assert timeline.critical_path is not None
     assert timeline.seconds >= max(*timeline.busy, timeline.critical_path) - 1e-9
     assert 0.0 <= timeline.bubble < 1.0 or timeline.seconds == 0.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(sorted(GENERATORS)),
+    pp=st.integers(1, 4),
+    vpp=st.integers(1, 3),
+    groups=st.integers(2, 4),
+    p2p=seconds,
+)
+def test_every_generated_schedule(name: str, pp: int, vpp: int, groups: int, p2p: float) -> None:
+    """Catches a schedule that only runs where its messages are implied, or the other way round."""
+    vpp = {"1f1b": 1, "dualpipe_v": 2}.get(name, vpp)
+    schedule = generate(name, pp, vpp, 2 * pp * groups)
+    costs = replace(MOE, layers=(1,) * (pp * vpp), p2p=p2p)
+    timeline = simulate(schedule, costs)
+    sent = simulate(insert_p2p(schedule), costs)
+    assert sent.critical_path == timeline.critical_path
+    assert timeline.critical_path is not None
+    for step in (timeline, sent):
+        assert step.busy == (vpp * 2 * pp * groups * (8 + 16 + 4),) * pp
+        assert step.seconds >= max(*step.busy, timeline.critical_path)
+    # A receive can be posted later than its message is ready, never earlier.
+    assert sent.seconds >= timeline.seconds
+    if not p2p:
+        assert sent.seconds == timeline.seconds
+    if schedule.in_flight is not None:
+        assert timeline.peaks is not None
+        held = [peak.stages for peak in timeline.peaks]
+        assert all(most <= limit for most, limit in zip(held, schedule.in_flight, strict=True))
+
+
+def test_k2_hides_what_interleaved_exposes() -> None:
+    """Catches a K2 schedule that is no faster than the one it starts from, at K2's shape."""
+    costs = replace(MOE, layers=(2,) * 8, p2p=0.5)
+    hidden, plain = simulate(k2(4, 2, 16), costs), simulate(interleaved_1f1b(4, 2, 16), costs)
+    assert hidden.seconds < plain.seconds
+    for rank in range(4):
+        pairs = [i for i in hidden.ranks[rank] if i.node.startswith("(")]
+        first, last = min(i.start for i in pairs), max(i.end for i in pairs)
+        # One all-to-all in the pair at each end may be cut off from what would hide it.
+        inside = [(a, b) for a, b in hidden.exposed(rank) if a >= first and b <= last]
+        assert not inside
+
+
+def test_weight_gradients_fill_the_bubble() -> None:
+    """Catches a zero-bubble schedule whose W still stand in the way of the next rank."""
+    costs = Costs.uniform(4, 1, 1, 1)
+    plain, filled = simulate(one_f_one_b(4, 1, 8), costs), simulate(zb_h1(4, 1, 8), costs)
+    assert plain.seconds - max(plain.busy) == 3 * (4 - 1)
+    # arXiv 2401.10241: (p - 1)(F + I - W), a third of 1F1B's.
+    assert filled.seconds - max(filled.busy) == 4 - 1
+
+
+def test_offload_and_evaluation() -> None:
+    """Catches copies that free nothing, and forwards by themselves that need a backward."""
+    costs = replace(Costs.uniform(8, 1, 1, 1), offload=0.25, prefetch=0.25)
+    schedule = interleaved_1f1b(4, 2, 8)
+    kept, away = simulate(schedule, costs), simulate(insert_offload(schedule), costs)
+    assert kept.peaks is not None
+    assert away.peaks is not None
+    assert away.peaks[0].stages < kept.peaks[0].stages
+    evaluated = simulate(forward_only(4, 2, 8), costs)
+    assert evaluated.seconds == 8 * 2 + 3
+    assert evaluated.peaks == (Peak(0, 0),) * 4
 
 
 def test_a_large_schedule_is_linear_work() -> None:
