@@ -25,6 +25,7 @@ from kimi_pretrain.checkpoint.store import (
     checkpoint_name,
     sha256,
 )
+from kimi_pretrain.parallel.errors import PeerError
 
 _NAMED = 8  # missing ranks that an error lists
 
@@ -57,8 +58,8 @@ def commit(
         The checkpoint's directory. On ranks other than 0 it may not exist yet.
 
     Raises:
-        CheckpointError: on rank 0, the parts of other ranks are missing at the deadline, or
-            two ranks wrote a file of one name.
+        PeerError: on rank 0, the parts of other ranks are missing at the deadline.
+        CheckpointError: on rank 0, two ranks wrote a file of one name.
     """
     final = root / checkpoint_name(step)
     temporary = root / f"{WRITING}{final.name}"
@@ -99,7 +100,7 @@ def _await_parts(temporary: Path, world: int, deadline: float, abandoned: thread
         if abandoned.is_set() or time.monotonic() >= until:
             named = ", ".join(map(str, missing[:_NAMED])) + (", ..." if missing[_NAMED:] else "")
             reason = "given up" if abandoned.is_set() else f"after {deadline:g} s"
-            raise CheckpointError(
+            raise PeerError(
                 f"{temporary}: {reason}, {len(missing)} of {world} ranks have not written their "
                 f"part: {named}"
             )

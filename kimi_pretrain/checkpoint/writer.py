@@ -48,7 +48,7 @@ class CheckpointWriter:
         """Return when the last save is done.
 
         Raises:
-            CheckpointError: on rank 0, other ranks did not write in time; names them.
+            PeerError: on rank 0, other ranks did not write in time; names them.
             OSError: the disk refused this rank's files.
         """
         if self._pending is not None:

@@ -22,6 +22,8 @@ from kimi_pretrain.optim.piece import NamedRange
 from kimi_pretrain.optim.settings import Settings
 from kimi_pretrain.parallel.collectives import Handle
 
+NORM_ELEMENTS = 2**22  # a norm in float64 copies what it reads, on a CPU: not all at once
+
 
 class Shard:
     """State and update of one bucket's part on this rank."""
@@ -53,9 +55,9 @@ class Shard:
 
     def squared_norm(self) -> Tensor:
         """Sum of squares of the gradients' sums in this shard, float64."""
-        shard = self.buffers.gradient_shard
-        norm: Tensor = torch.linalg.vector_norm(shard, dtype=torch.float64)
-        return norm.square()
+        blocks = self.buffers.gradient_shard.split(NORM_ELEMENTS)
+        norms = [torch.linalg.vector_norm(block, dtype=torch.float64) for block in blocks]
+        return torch.stack(norms).square().sum()
 
     def round_master(self) -> None:
         """The parameters of this shard from their master."""

@@ -122,12 +122,13 @@ class ShardedMuonClip:
         travelling = [shard for shard in self.shards if shard.travels]
         for shard in travelling:
             shard.send_updates()
-        for shard in self.shards:
+        # Buckets lie in the order of backward; the next forward waits for the last one first.
+        for shard in reversed(self.shards):
             if not shard.travels:
                 self._update(shard, lr, factors)
         for shard in travelling:
             shard.orthogonalize()
-        for shard in travelling:
+        for shard in reversed(travelling):
             self._update(shard, lr, factors)
 
     @property

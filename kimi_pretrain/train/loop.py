@@ -64,7 +64,7 @@ def _steps(run: Run, stop: StopRequest) -> tuple[int, Evaluation | None]:
     evaluation = None
     for step, batch, started in _batches(run):
         rate = learning_rate(every, run.config.optimizer.lr, run.tokens_per_step, step - 1)
-        result = run.train_step.run(step, batch, rate, bool(stop))
+        result = run.train_step.run(step, batch, rate, stop.__bool__)
         # Several ranks stop together, at the step for which one of them asked in time.
         stopping = bool(stop) if run.world.size == 1 else result.stop
         _log_step(run, step, result, rate, time.perf_counter() - started)

@@ -97,10 +97,14 @@ class Run:
         traceback: TracebackType | None,
     ) -> None:
         """Put the last checkpoint and every row on disk."""
-        if isinstance(error, PeerError):
+        lost = isinstance(error, PeerError)
+        if lost:
             self.writer.abandon()  # the missing rank's files will not come
         try:
             self.writer.close()
+        except PeerError:
+            if not lost:  # else a consequence: the error on its way says which peer is lost
+                raise
         finally:
             self.sinks.close()
             self.console.close()

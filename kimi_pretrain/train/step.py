@@ -1,5 +1,6 @@
 """One optimizer step: microbatches forwards and backwards, guards, clip, update."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,12 +59,19 @@ class TrainStep:
         self.device = next(model.parameters()).device
         self.optimizer = build_sharded(config.optimizer, config.parallel, model, world)
 
-    def run(self, step: int, batch: Batch, learning_rate: float, stop: bool = False) -> StepResult:
+    def run(
+        self,
+        step: int,
+        batch: Batch,
+        learning_rate: float,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> StepResult:
         """Accumulate the gradients of `batch`, this replica's part, then update once.
 
         Every microbatch divides by the number of labels of the global batch, so that the
         result does not depend on how the batch is cut, and gradients are summed over
-        replicas, never averaged.
+        replicas, never averaged. Whether this rank was asked to `stop` is looked up before the
+        last backward, and told to all.
 
         Raises:
             GuardStop: on all ranks, with all weights untouched, when the loss or a gradient
@@ -82,7 +90,7 @@ class TrainStep:
         self.model.update_router_bias(record, self.config.optimizer.router_bias_rate)
         return StepResult(loss=loss, grad_norm=norm, record=record, stop=stop)
 
-    def _accumulate(self, batch: Batch, stop: bool) -> Observations:
+    def _accumulate(self, batch: Batch, stop: Callable[[], bool]) -> Observations:
         size = self.config.schedule.micro_batch_size
         sequences = len(batch.tokens)
         labels = torch.tensor(int((batch.labels >= 0).sum()), device=self.device)
@@ -113,7 +121,7 @@ class TrainStep:
             total += loss.detach()
             if first + size >= sequences:
                 buffers.expect_last()
-                observations = Observations(record, total, stop, self.world.dp)
+                observations = Observations(record, total, stop(), self.world.dp)
             loss.backward()  # type: ignore[no-untyped-call]
         assert observations is not None
         return observations

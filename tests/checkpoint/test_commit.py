@@ -19,6 +19,7 @@ from kimi_pretrain.checkpoint.store import (
     verify,
     verify_share,
 )
+from kimi_pretrain.parallel.errors import PeerError
 
 
 def _write(rank: int, world: int, text: str = "x") -> Callable[[Path], list[str]]:
@@ -59,7 +60,7 @@ def test_a_rank_that_died_is_named_and_nothing_is_listed(tmp_path: Path) -> None
     """Catches a checkpoint without a rank's share, and a wait without an end."""
     for rank in (3, 1):
         commit(tmp_path, 8, _write(rank, 5), rank, 5)
-    with pytest.raises(CheckpointError, match=r"after 0\.1 s, 2 of 5 ranks .* part: 2, 4"):
+    with pytest.raises(PeerError, match=r"after 0\.1 s, 2 of 5 ranks .* part: 2, 4"):
         commit(tmp_path, 8, _write(0, 5), 0, 5, deadline=0.1)
     assert list_checkpoints(tmp_path) == []
     remove_unfinished(tmp_path)
@@ -79,7 +80,7 @@ commit(Path({str(tmp_path)!r}), 8, die, 1, 2)
 """
     killed = subprocess.run([sys.executable, "-c", program], check=False)
     assert killed.returncode == -9
-    with pytest.raises(CheckpointError, match=r"1 of 2 ranks .* part: 1$"):
+    with pytest.raises(PeerError, match=r"1 of 2 ranks .* part: 1$"):
         commit(tmp_path, 8, _write(0, 2), 0, 2, deadline=0.1)
     assert list_checkpoints(tmp_path) == []
 
@@ -88,7 +89,7 @@ def test_a_known_failure_ends_the_wait(tmp_path: Path) -> None:
     """Catches a run that cannot end for ten minutes after a peer is known to be dead."""
     abandoned = threading.Event()
     threading.Timer(0.1, abandoned.set).start()
-    with pytest.raises(CheckpointError, match="given up, 1 of 2 ranks"):
+    with pytest.raises(PeerError, match="given up, 1 of 2 ranks"):
         commit(tmp_path, 8, _write(0, 2), 0, 2, deadline=600.0, abandoned=abandoned)
 
 
@@ -110,7 +111,7 @@ def test_the_part_is_a_ranks_last_touch(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_part_is_of_this_world(tmp_path: Path) -> None:
     """Catches the part of another number of ranks taken for one of this run."""
     commit(tmp_path, 8, _write(1, 3), 1, 3)
-    with pytest.raises(CheckpointError, match="1 of 2 ranks"):
+    with pytest.raises(PeerError, match="1 of 2 ranks"):
         commit(tmp_path, 8, _write(0, 2), 0, 2, deadline=0.05)
 
 

@@ -7,12 +7,12 @@ import torch
 
 from kimi_pretrain.checkpoint.state import Snapshot, restore, snapshot
 from kimi_pretrain.checkpoint.store import (
-    CheckpointError,
     checkpoint_step,
     list_checkpoints,
     verify,
 )
 from kimi_pretrain.checkpoint.writer import CheckpointWriter
+from kimi_pretrain.parallel.errors import PeerError
 from tests.checkpoint.held import Buffers, deal, even
 
 WORLD = 3
@@ -54,7 +54,7 @@ def test_a_rank_without_its_part_stops_the_run(tmp_path: Path) -> None:
     for rank in (0, 2):
         writers[rank].save(1, taken[rank])
     writers[2].close()
-    with pytest.raises(CheckpointError, match=r"part: 1$"):
+    with pytest.raises(PeerError, match=r"part: 1$"):
         writers[0].save(2, _snapshots(2)[0])
     writers[0].close()
     writers[1].close()
@@ -66,5 +66,5 @@ def test_abandoning_ends_the_wait(tmp_path: Path) -> None:
     writer = _writers(tmp_path, deadline=600.0)[0]
     writer.save(1, _snapshots(1)[0])
     writer.abandon()
-    with pytest.raises(CheckpointError, match="given up"):
+    with pytest.raises(PeerError, match="given up"):
         writer.close()

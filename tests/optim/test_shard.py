@@ -1,10 +1,11 @@
-"""One shard of a matrix: row factors on whatever part of it a rank holds."""
+"""One shard of a bucket: row factors on whatever part a rank holds, and its norm."""
 
 from typing import Any
 
 import pytest
 import torch
 
+from kimi_pretrain.optim import shard as module
 from kimi_pretrain.optim.buckets import Bucket, Slot, Spec
 from kimi_pretrain.optim.buffers import BucketBuffers
 from kimi_pretrain.optim.orthogonalize import coefficient_table
@@ -42,3 +43,16 @@ def test_row_factors_fit_wherever_a_shard_is_cut(ranks: int) -> None:
     assert torch.equal(whole[:3], torch.ones(3, dtype=torch.float64))
     got = whole[3:elements].view(ROWS, COLS)
     assert torch.equal(got, factors[:, None].expand(ROWS, COLS))
+
+
+def test_a_norm_in_blocks_is_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a sum of norms in place of squares, and a last block that is left out."""
+    monkeypatch.setattr(module, "NORM_ELEMENTS", 7)
+    slots = (Slot(Spec("b.weight", (ROWS, COLS), True, False), 0),)
+    bucket = Bucket("dp", 1, "flat", slots, ROWS * COLS, owners=((0,),))
+    buffers = BucketBuffers(bucket, Group("dp"), torch.bfloat16, torch.device("cpu"))
+    buffers.gradients.copy_(torch.arange(1.0, 1 + ROWS * COLS))
+    n = ROWS * COLS
+    assert float(Shard(buffers, 0, SETTINGS).squared_norm()) == pytest.approx(
+        n * (n + 1) * (2 * n + 1) / 6, rel=1e-14
+    )

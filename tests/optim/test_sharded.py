@@ -1,5 +1,6 @@
 """The sharded optimizer within one rank: MuonClip by another memory layout."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -129,6 +130,19 @@ def test_nonfinite_gradients_are_named() -> None:
     named["model.layers.1.mlp.experts.down_proj"].main_grad[2, 0, 1] = float("nan")  # type: ignore[attr-defined]
     assert sharded.nonfinite() == ["model.layers.1.mlp.experts.2.down_proj.weight"]
     assert not torch.isfinite(sharded.norm())
+
+
+def test_what_forward_needs_first_is_gathered_first() -> None:
+    """Catches a forward whose first layer waits for the parameters of all layers."""
+    sharded = _sharded(_parameters(torch.float64))
+    gathered: list[str] = []
+    for shard in sharded.shards:
+        name = shard.bucket.slots[-1].spec.name
+        shard.buffers.gather = partial(gathered.append, name)  # type: ignore[method-assign]
+    sharded.step(0.1)
+    assert len(gathered) == len(sharded.shards) > 3
+    assert gathered[0] == "model.embed_tokens.weight"
+    assert gathered == [shard.bucket.slots[-1].spec.name for shard in reversed(sharded.shards)]
 
 
 def test_a_load_reaches_the_parameters_when_it_is_published() -> None:

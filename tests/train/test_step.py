@@ -1,6 +1,7 @@
 """One step: gradients do not depend on the cut into microbatches; a bad step changes nothing."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +45,22 @@ def _batch(rows: int = 4) -> Batch:
     documents = np.zeros((rows, LENGTH), np.int32)
     documents[:, LENGTH // 2 :] = 1
     return Batch(windows[:, :-1].copy(), labels, documents)
+
+
+def test_a_stop_asked_for_within_a_step_ends_after_it() -> None:
+    """Catches ranks that take another whole step after the one a signal came in."""
+    step = _step(_config("schedule.micro_batch_size=1"))
+    asked: list[int] = []
+    loss = step.model.loss
+
+    def interrupted(*arguments: Any, **named: Any) -> torch.Tensor:
+        asked.append(1)
+        result: torch.Tensor = loss(*arguments, **named)
+        return result
+
+    step.model.loss = interrupted  # type: ignore[method-assign]
+    assert step.run(1, _batch(), 1e-2, lambda: bool(asked)).stop
+    assert not step.run(2, _batch(), 1e-2).stop
 
 
 def test_the_cut_into_microbatches_does_not_matter() -> None:
