@@ -8,13 +8,17 @@ from torch import Tensor
 
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.data.batches import Batch
-from kimi_pretrain.model.causal_lm import CausalLM
+from kimi_pretrain.model.microbatch import DeviceBatch
+from kimi_pretrain.model.rank_model import RankModel
 from kimi_pretrain.model.record import StepRecord
 from kimi_pretrain.ops.precision import accumulate_dtype
 from kimi_pretrain.optim.registry import build_sharded
+from kimi_pretrain.parallel.dispatch import Dispatcher
 from kimi_pretrain.parallel.world import World
+from kimi_pretrain.pipeline.execute import Executor, Work
 from kimi_pretrain.train.guards import require_finite
 from kimi_pretrain.train.observations import Observations
+from kimi_pretrain.train.schedule import training_schedule
 
 
 @dataclass(frozen=True)
@@ -25,15 +29,6 @@ class StepResult:
     grad_norm: float  # global, before clipping
     record: StepRecord
     stop: bool  # some rank was asked to stop before the step's last backward
-
-
-@dataclass(frozen=True)
-class DeviceBatch:
-    """A slice of a Batch as tensors on the device of the model; int64 tokens and labels."""
-
-    tokens: Tensor  # [sequences, S]
-    labels: Tensor  # [sequences, S], -100 where nothing is to be predicted
-    document_ids: Tensor | None  # [sequences, S] int32
 
 
 def to_device(batch: Batch, rows: slice, device: torch.device) -> DeviceBatch:
@@ -52,12 +47,13 @@ class TrainStep:
     With one rank and with thousands these are the same lines: groups of one copy nothing.
     """
 
-    def __init__(self, config: Config, model: CausalLM, world: World) -> None:
-        self.config = config
-        self.model = model
-        self.world = world
-        self.device = next(model.parameters()).device
+    def __init__(
+        self, config: Config, model: RankModel, dispatcher: Dispatcher, world: World
+    ) -> None:
+        self.config, self.model, self.dispatcher, self.world = config, model, dispatcher, world
         self.optimizer = build_sharded(config.optimizer, config.parallel, model, world)
+        schedule = training_schedule(config)
+        self.executor = Executor(schedule, model, dispatcher, world.pp)
 
     def run(
         self,
@@ -80,7 +76,7 @@ class TrainStep:
         observations = self._accumulate(batch, stop)
         optimizer = self.optimizer
         optimizer.buffers.reduced()
-        loss, stop = observations.combined()
+        loss, stops = observations.combined()
         record = observations.record
         norm = float(optimizer.norm())
         require_finite(step, loss, norm, self._suspects)
@@ -88,43 +84,36 @@ class TrainStep:
         optimizer.observe_max_logits(record.max_logits, record.exact)
         optimizer.step(learning_rate)
         self.model.update_router_bias(record, self.config.optimizer.router_bias_rate)
-        return StepResult(loss=loss, grad_norm=norm, record=record, stop=stop)
+        return StepResult(loss=loss, grad_norm=norm, record=record, stop=stops)
 
     def _accumulate(self, batch: Batch, stop: Callable[[], bool]) -> Observations:
         size = self.config.schedule.micro_batch_size
         sequences = len(batch.tokens)
-        labels = torch.tensor(int((batch.labels >= 0).sum()), device=self.device)
+        device = self.model.device
+        labels = torch.tensor(int((batch.labels >= 0).sum()), device=device)
         counting = self.world.dp.all_reduce_sum(labels)
-        high = accumulate_dtype(next(self.model.parameters()).dtype)
         record = StepRecord.for_model(
             self.config.model,
             tau=self.config.optimizer.qk_clip_threshold,
             aux_scale=size / (sequences * self.world.dp.size),
-            device=self.device,
-            dtype=high,
+            device=device,
+            dtype=accumulate_dtype(self.model.dtype),
         )
+        microbatches = [
+            to_device(batch, slice(first, first + size), device)
+            for first in range(0, sequences, size)
+        ]
         buffers = self.optimizer.buffers
         buffers.zero()
+        buffers.expect(len(microbatches))
+        observations: list[Observations] = []
+
+        def forwards_done(loss: Tensor) -> None:
+            observations.append(Observations(record, loss, stop(), self.world.everyone))
+
         counting.wait()
-        denominator = int(labels)
-        total = torch.zeros((), dtype=high, device=self.device)
-        observations: Observations | None = None
-        for first in range(0, sequences, size):
-            micro = to_device(batch, slice(first, first + size), self.device)
-            loss = self.model.loss(
-                micro.tokens,
-                micro.labels,
-                record=record,
-                document_ids=micro.document_ids,
-                denominator=denominator,
-            )
-            total += loss.detach()
-            if first + size >= sequences:
-                buffers.expect_last()
-                observations = Observations(record, total, stop(), self.world.dp)
-            loss.backward()  # type: ignore[no-untyped-call]
-        assert observations is not None
-        return observations
+        self.executor.run(Work(microbatches, record, int(labels), forwards_done))
+        return observations[0]
 
     def _suspects(self) -> list[str]:
         """Whose gradient of which tensors was not finite; every rank's, on every rank."""
