@@ -118,6 +118,14 @@ def test_what_blocks_stays_apart() -> None:
     assert paired.to_text()[1] == plain.to_text()[1]
 
 
+def test_a_warm_up_stays_apart() -> None:
+    """Catches the last warm-up forward held back for a backward that is far from ready."""
+    plain = gpipe(2, 1, 3)
+    assert overlap_expert_comm(plain).to_text()[1] == "1F0,1F1,(1F2;1B0)OVERLAP_F_B,1B1,1B2"
+    assert overlap_expert_comm(plain, apart=[3, 3]) == plain
+    assert k2(3, 1, 3).to_text()[1] == "1F0,1F1,1F2,1I0,1W0,1I1,1W1,1I2,1W2"
+
+
 # -------------------------------------------------------------------------------- p2p
 
 

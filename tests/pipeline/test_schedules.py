@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.pipeline.actions import Action, Kind, Overlap, Schedule
+from kimi_pretrain.pipeline.passes import insert_p2p
 from kimi_pretrain.pipeline.replay import compute_needs, spans
 from kimi_pretrain.pipeline.schedules import (
     GENERATORS,
@@ -140,6 +142,39 @@ def test_bubbles(pp: int, vpp: int, microbatches: int) -> None:
     # only F + I of a rank's idle time are left: W runs while the others wait
     assert _bubble(k2(pp, vpp, microbatches)) == pytest.approx(ideal * 2 / 3)
     assert _bubble(zb_h1(pp, vpp, microbatches)) == pytest.approx(ideal / 3)
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved_1f1b", "k2", "zb_h1"])
+def test_promises_are_kept_to_the_last_one(name: str) -> None:
+    """Catches a promise of memory so loose that it bounds nothing."""
+    vpp = 1 if name == "1f1b" else 2
+    schedule = generate(name, 4, vpp, 16)
+    assert schedule.in_flight is not None
+    for rank, most in enumerate(schedule.in_flight):
+        fewer = [*schedule.in_flight]
+        fewer[rank] = most - 1
+        with pytest.raises(ConfigError, match=f"rank {rank}, .* it keeps {most}"):
+            verify(schedule, in_flight=fewer)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.integers(0, 8))
+def test_larger_groups(shape: tuple[int, int, int], more: int) -> None:
+    """Catches a warm-up that forgets the group size: a backward would come before its forward."""
+    group = shape[0] + more
+    for schedule in (interleaved_1f1b(*shape, group_size=group), k2(*shape, group_size=group)):
+        verify(schedule)
+        verify(insert_p2p(schedule))
+
+
+def test_a_remainder_smaller_than_the_pipeline_does_not_block() -> None:
+    """Catches the order that Megatron refuses: one microbatch left over on four ranks."""
+    schedule = interleaved_1f1b(4, 3, 5)
+    verify(schedule)
+    # the plain order has 8F4 of this rank before a backward that 8F4's own input waits for
+    plain = [a for a in actions(schedule, 0) if a.kind is Kind.F]
+    assert [a.microbatch for a in plain] == [0, 1, 2, 3] * 3 + [4] * 3
+    assert forwards_first(schedule, 0) == 2 * 3 + 2 * 4 + 1 - 1
 
 
 def test_few_microbatches() -> None:
