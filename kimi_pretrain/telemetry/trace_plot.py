@@ -47,8 +47,7 @@ _Box = tuple[float, float, float, float]  # start, end, bottom, top
 def draw_trace(timelines: Sequence[Timeline], path: Path) -> None:
     """Draws ``timelines`` of the same step (as planned, as measured) one above the other."""
     lanes = [len(timeline.ranks) for timeline in timelines]
-    crowd = max(len({i.node for i in rank}) for timeline in timelines for rank in timeline.ranks)
-    width = min(_WIDTHS[1], max(_WIDTHS[0], _NODE * crowd))
+    width = min(_WIDTHS[1], max(_WIDTHS[0], _NODE * max(map(_crowd, timelines))))
     lane = _LANE * (1.0 if max(lanes) > 8 else 1.35)
     height = sum(lanes) * lane + _FRAME + 0.45 * len(timelines)
     with style.drawing(width, height, path) as figure:
@@ -75,6 +74,8 @@ class _Panel:
         # About what the layout leaves, in points: good enough to see what text fits.
         self.second = (width - 1.1) * 72 / end if end else 0.0
         self.unit = lane * 72
+        # Edges between nodes of a few points would hide the nodes.
+        self.crowded = width * 72 < 4.0 * _crowd(timeline)
         self.boxes: defaultdict[str, list[_Box]] = defaultdict(list)
         used = {interval.resource for rank in timeline.ranks for interval in rank}
         self.rows = [resource for resource in (ALL_TO_ALL, P2P, COPY) if resource in used]
@@ -91,13 +92,14 @@ class _Panel:
             labels |= self._rank(rank)
         for colour, boxes in self.boxes.items():
             corners = [[(a, y), (b, y), (b, top), (a, top)] for a, b, y, top in boxes]
-            edge = "white" if colour not in (IDLE, HIDDEN, EXPOSED, MESSAGE, COPIED) else "none"
+            bare = colour in (IDLE, HIDDEN, EXPOSED, MESSAGE, COPIED) or self.crowded
             self.axes.add_collection(
                 PolyCollection(
                     corners,
                     facecolors=colour,
-                    edgecolors=edge,
+                    edgecolors="none" if bare else "white",
                     linewidths=0.35,
+                    snap=not bare,  # what is narrower than a pixel must not round to nothing
                     zorder=1 if colour == IDLE else 2,
                 )
             )
@@ -192,6 +194,11 @@ def _chunks(compute: Iterable[Interval]) -> dict[int, float]:
     """Each stage of a rank, the share of white in its colours: the later, the lighter."""
     stages = {int(stage) for i in compute for stage, _, _ in _ACTION.findall(i.node)}
     return {stage: 0.6 * place / len(stages) for place, stage in enumerate(sorted(stages))}
+
+
+def _crowd(timeline: Timeline) -> int:
+    """The most nodes of one rank."""
+    return max(len({interval.node for interval in rank}) for rank in timeline.ranks)
 
 
 def _shaded(timeline: Timeline) -> bool:
