@@ -240,7 +240,7 @@ def test_forward_only() -> None:
 
 
 def test_k2s_schedule_is_verified_fast() -> None:
-    """Catches a check that compares everything with everything: 36,000 nodes at each start."""
+    """Catches a check that compares everything with everything: 50,000 nodes at each start."""
     schedule = insert_p2p(k2(16, 4, 128))
     start = time.process_time()
     verify(schedule)
