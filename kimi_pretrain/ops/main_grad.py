@@ -1,10 +1,14 @@
 """Where a weight's gradient goes: to autograd, or straight into the weight's main gradient.
 
 A parameter of a training run carries ``main_grad``, a view of its shape into a flat fp32
-(fp64) buffer. The operation that computes a weight's gradient adds it there itself, at the
-precision it was summed in, and tells autograd that there is none: nothing narrow is ever
-kept, and a rank knows that a gradient is complete the moment it is. Without ``main_grad``
-the gradient is autograd's, as in any torch module.
+(fp64) buffer. The operation that computes a weight's gradient adds it there itself and tells
+autograd that there is none: nothing narrow is kept from one microbatch to the next, and a
+rank knows that a gradient is complete the moment it is. Without ``main_grad`` the gradient is
+autograd's, as in any torch module.
+
+A product of bf16 tensors is summed in fp32 and comes out rounded to bf16, once a microbatch:
+torch's product with an fp32 result does not exist on the CPU. Norms and the embedding add
+their fp32 sums unrounded.
 """
 
 from typing import Any

@@ -55,7 +55,7 @@ class Shard:
 
     def squared_norm(self) -> Tensor:
         """Sum of squares of the gradients' sums in this shard, float64."""
-        blocks = self.buffers.gradient_shard.split(NORM_ELEMENTS)
+        blocks = torch.split(self.buffers.gradient_shard, NORM_ELEMENTS)
         norms = [torch.linalg.vector_norm(block, dtype=torch.float64) for block in blocks]
         return torch.stack(norms).square().sum()
 

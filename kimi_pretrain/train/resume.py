@@ -32,7 +32,7 @@ def restore_latest(config: Config, directory: Path, train_step: TrainStep, conso
             cannot be used.
     """
     world = train_step.world
-    found = together(world, lambda: _candidates(config, directory, world))
+    found = _as_first(world, together(world, lambda: _candidates(config, directory, world)))
     latest = _newest_whole(found, world, console)
     if latest is None:
         if found:
@@ -76,6 +76,12 @@ def _candidates(config: Config, directory: Path, world: World) -> list[Path]:
         )
     require_same_run(config, directory / CONFIG)
     return found
+
+
+def _as_first(world: World, found: list[Path]) -> list[Path]:
+    """What rank 0 found, on every rank: a shared file system may list a directory late."""
+    (first, *_) = world.everyone.gather_texts("\n".join(map(str, found)) if world.is_first else "")
+    return [Path(line) for line in first.splitlines()]
 
 
 def _newest_whole(found: list[Path], world: World, console: Console) -> Path | None:

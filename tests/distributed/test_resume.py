@@ -120,6 +120,25 @@ def test_a_rank_lost_while_ranks_write_costs_one_checkpoint(
         assert _rows(run_dir, name) == _rows(uninterrupted, name), name
 
 
+def resume_with_a_late_listing(rank: int, world_size: int, run_dir: str) -> int:
+    """Rank 1's file system does not list the checkpoints yet."""
+    import kimi_pretrain.train.resume as resume
+
+    if rank == 1:
+        resume.list_checkpoints = lambda root: []
+    return train_as_rank(rank, world_size, run_dir, 1, HALF + 1)
+
+
+def test_ranks_go_on_from_what_rank_0_finds(tmp_path: Path, half: Path) -> None:
+    """Catches a rank that starts over beside others that resume."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(half, run_dir)
+    (run_dir / "summary.json").unlink()
+    assert run_ranks(2, resume_with_a_late_listing, str(run_dir), timeout=120) == [0, 0]
+    steps = [row["step"] for row in _rows(run_dir, "metrics.jsonl")]
+    assert steps == list(range(1, HALF + 2))
+
+
 @pytest.mark.parametrize(("dp", "ep"), [(1, 1), (2, 1), (4, 4), (8, 2)], ids=str)
 def test_another_layout_goes_on_with_the_same_losses(
     tmp_path: Path, uninterrupted: Path, half: Path, dp: int, ep: int
