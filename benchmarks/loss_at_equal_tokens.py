@@ -21,6 +21,7 @@ from kimi_pretrain.model.build import from_config
 from kimi_pretrain.ops.precision import resolve
 from kimi_pretrain.optim.lr import learning_rate
 from kimi_pretrain.parallel.world import open_world
+from kimi_pretrain.pipeline.forward import ForwardPipeline
 from kimi_pretrain.train.evaluate import evaluate
 from kimi_pretrain.train.step import TrainStep
 
@@ -54,7 +55,7 @@ def main() -> None:
     dtype = resolve(config.precision)
     model = from_config(config.model, dtype=dtype)
     peer = load_peer(model, dtype, experts="eager", attention="sdpa")
-    ours = TrainStep(config, model, open_world(config.parallel))
+    ours = TrainStep.open(config, dtype, open_world(config.parallel))  # the same weights
     theirs = PeerOptimizer(peer, config.optimizer.lr, config.optimizer.weight_decay)
     size, micro = config.schedule.global_batch_size, config.schedule.micro_batch_size
     tokens_per_step = size * config.data.sequence_length
@@ -77,7 +78,9 @@ def main() -> None:
         if step % 10 == 0:
             print(f"step {step + 1}: train loss ours {result.loss:.4f}, peer {total:.4f}")
     lengths = data.tokenizer.byte_lengths()
-    ours_heldout = evaluate(model, heldout, lengths, tau=None).loss
+    alone = ours.world.dp
+    forward = ForwardPipeline(ours.model, ours.dispatcher, ours.world.pp)
+    ours_heldout = evaluate(forward, heldout, lengths, None, alone, alone).loss
     with torch.no_grad():
         weights = [int((batch.labels >= 0).sum()) for _, batch in heldout]
         losses = [float(peer_loss(peer, batch)) for _, batch in heldout]

@@ -31,10 +31,8 @@ from benchmarks.report_lines import paired_ratio, print_header, spread
 from benchmarks.wire_bytes import random_batch
 from kimi_pretrain.config import compose
 from kimi_pretrain.config.schema import Config
-from kimi_pretrain.model.build import from_config
 from kimi_pretrain.ops.main_grad import main_gradient
 from kimi_pretrain.ops.precision import resolve
-from kimi_pretrain.optim.registry import build_sharded
 from kimi_pretrain.optim.sharded import ShardedMuonClip
 from kimi_pretrain.parallel.collectives import Group, Handle
 from kimi_pretrain.parallel.topology import Topology
@@ -122,8 +120,8 @@ def alone(world: World) -> World:
 
 def optimizer_of(config: Config, world: World) -> ShardedMuonClip:
     """An optimizer with random gradients, which are the same in every world."""
-    model = from_config(config.model, resolve(config.precision))
-    optimizer = build_sharded(config.optimizer, config.parallel, model, world)
+    step = TrainStep.open(config, resolve(config.precision), world)
+    model, optimizer = step.model, step.optimizer
     generator = torch.Generator().manual_seed(1)
     for _, parameter in sorted(model.named_parameters()):
         gradient = main_gradient(parameter)
@@ -182,8 +180,7 @@ def train_as_rank(overrides: tuple[str, ...], steps: int) -> list[StepCost]:
     """Costs of training steps on this rank."""
     config = configuration(overrides)
     world = open_world(config.parallel)
-    model = from_config(config.model, resolve(config.precision))
-    step = TrainStep(config, model, world)
+    step = TrainStep.open(config, resolve(config.precision), world)
     waiting = Stopwatch()
     optimizing = Stopwatch(without=waiting)
     Handle.wait = waiting.wrap(Handle.wait)  # type: ignore[method-assign]

@@ -30,9 +30,7 @@ Step = Callable[[Batch], None]
 
 
 def our_step(config: Config) -> Step:
-    dtype = resolve(config.precision)
-    model = from_config(config.model, dtype=dtype)
-    step = TrainStep(config, model, open_world(config.parallel))
+    step = TrainStep.open(config, resolve(config.precision), open_world(config.parallel))
 
     def run(batch: Batch) -> None:
         step.run(1, batch, config.optimizer.lr)

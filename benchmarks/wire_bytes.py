@@ -26,10 +26,8 @@ from benchmarks.report_lines import print_header, spread
 from kimi_pretrain.config import compose
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.data.batches import Batch
-from kimi_pretrain.model.build import from_config
 from kimi_pretrain.ops.precision import resolve
 from kimi_pretrain.optim.buckets import Layout
-from kimi_pretrain.parallel.dispatchers import open_dispatcher
 from kimi_pretrain.parallel.world import World, open_world
 from kimi_pretrain.train.step import TrainStep
 
@@ -107,9 +105,7 @@ def sent_by(world: World) -> dict[str, int]:
 def train_as_rank(overrides: tuple[str, ...], steps: int) -> Counted:
     config = compose(["precision=bf16", "run_dir=unused", *MODEL, *overrides])
     world = open_world(config.parallel)
-    dispatcher = open_dispatcher(config.parallel, world.ep, 2 * config.model.hidden_size)
-    model = from_config(config.model, resolve(config.precision), dispatcher=dispatcher)
-    step = TrainStep(config, model, world)
+    step = TrainStep.open(config, resolve(config.precision), world)
     batch = random_batch(config, world.rank, SEQUENCES, LENGTH)
 
     def run() -> None:
@@ -128,7 +124,7 @@ def train_as_rank(overrides: tuple[str, ...], steps: int) -> Counted:
 
         wire.append(bytes_of(counted, world.everyone.barrier))
     layout = step.optimizer.buffers.layout
-    held = sum(p.numel() for p in model.parameters())
+    held = sum(p.numel() for _, p in step.model.named_parameters())
     lent = lent_bytes(layout, world.ep.index)
     world.close()
     padding = sum(bucket.padding for bucket in layout.buckets)

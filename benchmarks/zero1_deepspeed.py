@@ -67,8 +67,7 @@ def configuration(overrides: tuple[str, ...]) -> Config:
 def our_rank(overrides: tuple[str, ...], steps: int) -> Result:
     config = configuration(overrides)
     world = open_world(config.parallel)
-    model = from_config(config.model, resolve(config.precision))
-    step = TrainStep(config, model, world)
+    step = TrainStep.open(config, resolve(config.precision), world)
     batch = random_batch(config, world.rank, SEQUENCES, LENGTH)
     losses = []
 
@@ -79,7 +78,8 @@ def our_rank(overrides: tuple[str, ...], steps: int) -> Result:
     wire = counted(run, steps, world.everyone.barrier)
     state = sum(piece.values.nbytes for piece in step.optimizer.pieces())
     world.close()
-    return Result(wire, state, sum(p.numel() for p in model.parameters()), losses)
+    elements = sum(p.numel() for _, p in step.model.named_parameters())
+    return Result(wire, state, elements, losses)
 
 
 class WithLoss(nn.Module):

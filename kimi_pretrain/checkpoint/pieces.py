@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kimi_pretrain.model.chunk import Chunk
 from kimi_pretrain.model.names import hf_views
+from kimi_pretrain.model.rank_model import RankModel
 from kimi_pretrain.optim.muon import MuonClip
 from kimi_pretrain.optim.piece import Piece
 
@@ -77,10 +78,11 @@ class WholeState:
         return masters | {name: tensor for name, kind, tensor in state if kind == "master"}
 
 
-def piecewise(model: Chunk, optimizer: MuonClip | PiecewiseState) -> PiecewiseState:
+def piecewise(model: Chunk | RankModel, optimizer: MuonClip | PiecewiseState) -> PiecewiseState:
     """The state of either optimizer as pieces."""
     if isinstance(optimizer, PiecewiseState):
         return optimizer
+    assert isinstance(model, Chunk)
     return WholeState(model, optimizer)
 
 

@@ -19,6 +19,7 @@ from kimi_pretrain.checkpoint.part_files import PartFiles, Shape, file_name, key
 from kimi_pretrain.checkpoint.pieces import PiecewiseState, piecewise
 from kimi_pretrain.checkpoint.store import CheckpointError
 from kimi_pretrain.model.chunk import Chunk
+from kimi_pretrain.model.rank_model import RankModel
 from kimi_pretrain.optim.muon import MuonClip
 
 WEIGHTS = "weights"
@@ -42,15 +43,17 @@ class Snapshot:
 
 
 def snapshot(
-    model: Chunk,
+    model: Chunk | RankModel,
     optimizer: MuonClip | PiecewiseState,
     state: dict[str, Any],
     rank: int = 0,
     world: int = 1,
+    buffers_too: bool | None = None,
 ) -> Snapshot:
     """Copy this rank's share of weights and optimizer state, and `state` (plain JSON), as now.
 
-    The model's buffers are the same on every rank; rank 0 has them in its share.
+    The model's buffers are the same on every replica: one of them, the rank with
+    `buffers_too` (by default rank 0), has them in its share.
     """
     held = piecewise(model, optimizer)
     tensors: dict[str, dict[str, NDArray[Any]]] = {WEIGHTS: {}, OPTIMIZER: {}}
@@ -66,7 +69,7 @@ def snapshot(
         tensors[stem][key] = _copy(values).reshape(shape if whole else (-1,))
         if not whole:
             shapes[stem][stored] = shape
-    if rank == 0:
+    if rank == 0 if buffers_too is None else buffers_too:
         buffers = model.hf_named_buffers()
         tensors[WEIGHTS] |= {name: _copy(buffer) for name, buffer in buffers}
     counts = {"steps": held.steps, "last_clipped_step": held.last_clipped_step}
@@ -86,7 +89,9 @@ def write(directory: Path, snapshot: Snapshot) -> list[str]:
     return names
 
 
-def restore(directory: Path, model: Chunk, optimizer: MuonClip | PiecewiseState) -> dict[str, Any]:
+def restore(
+    directory: Path, model: Chunk | RankModel, optimizer: MuonClip | PiecewiseState
+) -> dict[str, Any]:
     """Load a verified checkpoint in place and return its state; bitwise what was saved.
 
     Every rank calls it, since it ends in a collective (`publish`). Where one rank's failure
@@ -100,7 +105,9 @@ def restore(directory: Path, model: Chunk, optimizer: MuonClip | PiecewiseState)
     return state
 
 
-def load(directory: Path, model: Chunk, optimizer: MuonClip | PiecewiseState) -> dict[str, Any]:
+def load(
+    directory: Path, model: Chunk | RankModel, optimizer: MuonClip | PiecewiseState
+) -> dict[str, Any]:
     """`restore` without its collective: parameters do not follow their masters yet.
 
     Raises:

@@ -264,6 +264,7 @@ def _parallel(parallel: ParallelConfig) -> None:
     dp, ep = parallel.dp, parallel.ep
     rule = f"it counts the replicas of the dense parameters, edp x ep: a multiple of ep={ep}"
     _require(dp % ep == 0, "parallel.dp", dp, rule, f"parallel.dp={_up(dp, ep)}")
+    _one_of("parallel.schedule", parallel.schedule, names.SCHEDULES)
     _one_of("parallel.dense_sharding", parallel.dense_sharding, names.DENSE_SHARDINGS)
     _one_of("parallel.router_weights", parallel.router_weights, names.ROUTER_WEIGHTS)
     _one_of("parallel.dispatcher", parallel.dispatcher, names.DISPATCHERS)
@@ -278,8 +279,8 @@ def validate_training(config: Config) -> None:
     """What a plan may leave open and a training run may not, and what is not trained yet.
 
     Raises:
-        ConfigError: a batch that does not divide over the replicas, a pipeline, or an
-            activation policy.
+        ConfigError: a batch that does not divide over the replicas, stages without a
+            schedule, or an activation policy.
     """
     parallel, schedule = config.parallel, config.schedule
     whole = schedule.micro_batch_size * parallel.dp
@@ -290,13 +291,10 @@ def validate_training(config: Config) -> None:
     size = schedule.global_batch_size
     fix = f"schedule.global_batch_size={_up(size, whole)}"
     _require(size % whole == 0, "schedule.global_batch_size", size, rule, fix)
-    for field in ("pp", "vpp"):
-        ranks = getattr(parallel, field)
-        rule = "this version trains without a pipeline"
-        _require(ranks == 1, f"parallel.{field}", ranks, rule, f"parallel.{field}=1")
-    order = parallel.schedule
-    rule = "this version has no pipeline"
-    _require(order == "none", "parallel.schedule", order, rule, "parallel.schedule=none")
+    stages, order = parallel.pp * parallel.vpp, parallel.schedule
+    rule = f"parallel.pp x parallel.vpp = {stages} stages need a schedule"
+    known = stages == 1 or order != "none"
+    _require(known, "parallel.schedule", order, rule, "parallel.schedule=k2")
     policy = config.activation.policy
     rule = "this version keeps every activation"
     _require(policy == "none", "activation.policy", policy, rule, "activation.policy=none")

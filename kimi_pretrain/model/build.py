@@ -1,11 +1,18 @@
-"""From a configuration to a model."""
+"""From a configuration to a model, or to the part of it that a rank holds."""
+
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 
 from kimi_pretrain.config.schema import ModelConfig
 from kimi_pretrain.model.causal_lm import CausalLM
+from kimi_pretrain.model.chunk import Chunk
 from kimi_pretrain.model.init import initialise
+from kimi_pretrain.model.rank_model import RankModel
 from kimi_pretrain.parallel.dispatch import Dispatcher
+
+C = TypeVar("C", bound=Chunk)
 
 
 def from_config(
@@ -25,10 +32,40 @@ def from_config(
         seed: of the initial weights.
         dispatcher: brings tokens to experts on other ranks; by default all are here.
     """
-    device = torch.device(device)
     with torch.device("meta"):
         model = CausalLM(model_cfg, dtype, dispatcher)
+    return _placed(model, model_cfg, torch.device(device), seed)
+
+
+def rank_model(
+    model_cfg: ModelConfig,
+    stages: Mapping[int, range],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int,
+    dispatcher: Dispatcher,
+) -> RankModel:
+    """The chunks of one rank; weights are those ``from_config`` would have given them.
+
+    Args:
+        model_cfg: the whole model.
+        stages: the layers of each virtual stage that this rank holds.
+        dtype: as for ``from_config``, as are device and seed.
+        device: of parameters.
+        seed: of the initial weights.
+        dispatcher: decides which experts this rank holds.
+    """
+    experts = dispatcher.experts(model_cfg.n_routed_experts)
+    chunks = {}
+    for stage, layers in stages.items():
+        with torch.device("meta"):
+            chunk = Chunk(model_cfg, layers, dtype, experts)
+        chunks[stage] = _placed(chunk, model_cfg, torch.device(device), seed)
+    return RankModel(model_cfg, chunks)
+
+
+def _placed(chunk: C, model_cfg: ModelConfig, device: torch.device, seed: int) -> C:
     if device.type != "meta":
-        model.to_empty(device=device)
-        initialise(model, model_cfg, seed, model.experts.start)
-    return model
+        chunk.to_empty(device=device)
+        initialise(chunk, model_cfg, seed, chunk.experts.start)
+    return chunk

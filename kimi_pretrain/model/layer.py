@@ -101,7 +101,8 @@ class Layer(nn.Module):
 
     def dense(self, residual: Tensor, hidden: Tensor) -> Tensor:
         """The rest of a dense layer."""
-        return residual + self.mlp(hidden)
+        inner: Tensor = self.mlp(hidden)
+        return residual + inner
 
     def expert(self, residual: Tensor, hidden: Tensor, arrived: Arrived) -> tuple[Tensor, Tensor]:
         """Routed experts on what arrived, and the shared expert on this rank's tokens.

@@ -13,6 +13,15 @@ from kimi_pretrain.ops.rope import rope_tables, softmax_scale
 
 
 @dataclass(frozen=True)
+class DeviceBatch:
+    """Rows of a batch as tensors on the model's device; int64 tokens and labels."""
+
+    tokens: Tensor  # [sequences, length]
+    labels: Tensor  # [sequences, length], -100 where nothing is to be predicted
+    document_ids: Tensor | None  # [sequences, length] int32
+
+
+@dataclass(frozen=True)
 class Microbatch:
     """Positions, documents and observer of one microbatch; built once, read by every layer."""
 

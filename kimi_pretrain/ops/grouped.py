@@ -9,12 +9,13 @@ Experts of K2's size end up as one product each, without padding.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kimi_pretrain.ops.main_grad import deliver, delivered, main_gradient
+from kimi_pretrain.ops.main_grad import deferred, deliver, delivered, main_gradient
 
 # What a call costs beside its arithmetic, as arithmetic a core does in that time.
 _CALL_FLOPS = {torch.bfloat16: 4e6, torch.float32: 1e6, torch.float64: 5e5}
@@ -127,13 +128,27 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def _weight_gradient(weight: Tensor, grad: Tensor, x: Tensor, layout: GroupLayout) -> Tensor | None:
+    if main_gradient(weight) is None:
+        return _gradient(weight, grad, x, layout)
+    product = partial(_add_gradient, weight, grad, x, layout)
+    if not deferred(weight, product):
+        product()
+    return None
+
+
+def _add_gradient(weight: Tensor, grad: Tensor, x: Tensor, layout: GroupLayout) -> None:
     main = main_gradient(weight)
-    if main is not None and main.dtype == grad.dtype:
-        total = main.flatten(1, -2)
-        for run, g, rows in _runs(layout, grad, x):
-            total[run.first : run.last].baddbmm_(g.transpose(1, 2), rows)
-        delivered(weight)
-        return None
+    assert main is not None
+    if main.dtype != grad.dtype:
+        deliver(weight, _gradient(weight, grad, x, layout))
+        return
+    total = main.flatten(1, -2)
+    for run, g, rows in _runs(layout, grad, x):
+        total[run.first : run.last].baddbmm_(g.transpose(1, 2), rows)
+    delivered(weight)
+
+
+def _gradient(weight: Tensor, grad: Tensor, x: Tensor, layout: GroupLayout) -> Tensor:
     gradient = torch.empty_like(weight)
     matrices = gradient.flatten(1, -2)  # [groups, width_out, width_in]
     for run in layout.runs:
@@ -141,7 +156,7 @@ def _weight_gradient(weight: Tensor, grad: Tensor, x: Tensor, layout: GroupLayou
             matrices[run.first : run.last] = 0.0
     for run, g, rows in _runs(layout, grad, x):
         torch.bmm(g.transpose(1, 2), rows, out=matrices[run.first : run.last])
-    return deliver(weight, gradient)
+    return gradient
 
 
 class _Pad(torch.autograd.Function):

@@ -11,10 +11,32 @@ torch's product with an fp32 result does not exist on the CPU. Norms and the emb
 their fp32 sums unrounded.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class Deferral:
+    """Where the matrix products of weight gradients wait, if they are to (design 4.3).
+
+    Whoever drives a backward owns one, hangs it on its weights as ``main_grad_deferral`` and
+    sets ``into`` while it wants products to wait; they are computed when it calls them.
+    """
+
+    def __init__(self) -> None:
+        self.into: list[Callable[[], None]] | None = None
+
+
+def deferred(weight: Tensor, product: Callable[[], None]) -> bool:
+    """Whether ``product``, which adds a gradient to ``weight.main_grad``, was put off."""
+    deferral: Deferral | None = getattr(weight, "main_grad_deferral", None)
+    if deferral is None or deferral.into is None:
+        return False
+    deferral.into.append(product)
+    return True
 
 
 def main_gradient(weight: Tensor) -> Tensor | None:
@@ -44,16 +66,28 @@ def deliver(weight: Tensor, gradient: Tensor) -> Tensor | None:
 
 
 def deliver_product(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
-    """``deliver(weight, grad.T @ x)``; equal dtypes are summed without a copy in between.
+    """``deliver(weight, grad.T @ x)``, now or when its deferral says.
+
+    Equal dtypes are summed without a copy in between.
 
     Args:
         weight: [..., width_in], flattened to [width_out, width_in].
         grad: [rows, width_out].
         x: [rows, width_in].
     """
+    if main_gradient(weight) is None:
+        return torch.mm(grad.t(), x).view(weight.shape).to(weight.dtype)
+    product = partial(_add_product, weight, grad, x)
+    if not deferred(weight, product):
+        product()
+    return None
+
+
+def _add_product(weight: Tensor, grad: Tensor, x: Tensor) -> None:
     main = main_gradient(weight)
-    if main is not None and main.dtype == grad.dtype == x.dtype:
+    assert main is not None
+    if main.dtype == grad.dtype == x.dtype:
         main.view(-1, x.shape[1]).addmm_(grad.t(), x)
         delivered(weight)
-        return None
-    return deliver(weight, torch.mm(grad.t(), x).view(weight.shape))
+    else:
+        deliver(weight, torch.mm(grad.t(), x).view(weight.shape))

@@ -33,7 +33,7 @@ class BucketBuffers:
         self.gradients = torch.zeros(bucket.size, dtype=high, device=device)
         self.own = slice(group.index * bucket.shard, (group.index + 1) * bucket.shard)
         self.own_was_finite: Tensor | None = None
-        self._missing = -1  # gradients of the last microbatch to come; -1: not the last one
+        self._missing = 0  # gradients of the step that are still to come
         self._reduction: Handle | None = None
         self._gather: Handle | None = None
 
@@ -47,14 +47,12 @@ class BucketBuffers:
         """[shard] fp32 (fp64), a view; after ``reduced`` the sum over the group."""
         return self.gradients[self.own]
 
-    def expect_last(self) -> None:
-        """The microbatch that starts now is the step's last."""
-        self._missing = len(self.bucket.slots)
+    def expect(self, microbatches: int) -> None:
+        """A step begins: as many gradients of every parameter will come."""
+        self._missing = microbatches * len(self.bucket.slots)
 
     def delivered(self) -> None:
-        """One parameter's gradient of the current microbatch is in."""
-        if self._missing < 0:
-            return
+        """One parameter's gradient of one microbatch is in."""
         self._missing -= 1
         if self._missing == 0:
             self._reduce()
@@ -63,10 +61,9 @@ class BucketBuffers:
         """Return when the group's sum is in ``gradient_shard``."""
         if self._missing > 0:
             raise RuntimeError(
-                f"{self._missing} of {len(self.bucket.slots)} gradients of a bucket that holds "
+                f"{self._missing} gradients of a bucket that holds "
                 f"{self.bucket.slots[0].spec.name} never came"
             )
-        self._missing = -1
         if self._reduction is not None:
             self._reduction.wait()
             self._reduction = None
@@ -136,16 +133,16 @@ class ShardedBuffers:
         for buffers in self.buckets:
             buffers.gradients.zero_()
 
-    def expect_last(self) -> None:
-        """The microbatch that starts now is the step's last: reduce what its backward ends."""
+    def expect(self, microbatches: int) -> None:
+        """A step of so many microbatches begins: reduce a bucket when all it waits for is in."""
         for buffers in self.buckets:
-            buffers.expect_last()
+            buffers.expect(microbatches)
 
     def reduced(self) -> None:
         """Return when every bucket's sum is in its shard.
 
         Raises:
-            RuntimeError: a parameter took no part in the last microbatch.
+            RuntimeError: a parameter took no part in some microbatch.
         """
         for buffers in self.buckets:
             buffers.reduced()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
-from kimi_pretrain.model.causal_lm import CausalLM
+from kimi_pretrain.model.rank_model import RankModel
 from kimi_pretrain.ops.precision import resolve
 from kimi_pretrain.optim.buckets import Spec
 from kimi_pretrain.optim.layout import plan_layout
@@ -71,7 +71,7 @@ def build_optimizer(
 def build_sharded(
     cfg: OptimizerConfig,
     parallel: ParallelConfig,
-    model: CausalLM,
+    model: RankModel,
     world: World,
 ) -> ShardedMuonClip:
     """The optimizer of a training run on one of its ranks; the model's parameters move.
@@ -117,7 +117,8 @@ def build_sharded(
         ep_index=world.ep.index,
         first_expert=model.experts.start,
     )
-    optimizer.buffers.gate(model)
+    for chunk in model.chunks.values():
+        optimizer.buffers.gate(chunk)
     return optimizer
 
 

@@ -62,6 +62,11 @@ class Handle:
     ) -> None:
         self._work, self._what, self._deadline, self._finish = work, what, deadline, finish
 
+    @property
+    def done(self) -> bool:
+        """Whether ``wait`` would return at once."""
+        return self._work is None or bool(self._work.is_completed())
+
     def wait(self) -> None:
         """Return when the result is there; again and again without harm.
 

@@ -36,6 +36,7 @@ from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.translate import HYDRA_ERRORS, translate
 from kimi_pretrain.config.validate import validate_training
 from kimi_pretrain.parallel.errors import PeerError
+from kimi_pretrain.train.schedule import training_schedule
 
 SPIN_COUNT = "10000"
 EXIT_SIGNAL = 75  # docs/exit-codes.md: stopped by a signal after a checkpoint
@@ -112,18 +113,23 @@ def check_jobs(arguments: Namespace, folders: list[Path]) -> None:
     """
     name = arguments.config_name or PRIMARY
     if not arguments.multirun:
-        validate_training(compose_from(arguments.overrides, name, folders))
+        _check(compose_from(arguments.overrides, name, folders))
         return
     seen: set[str] = set()
     for overrides in sweep_jobs(arguments.overrides):
         config = compose_from(overrides, name, folders)
-        validate_training(config)
+        _check(config)
         if _names_run_dir(overrides):
             if config.run_dir in seen:
                 rule = "each job of a sweep needs a run directory of its own"
                 fix = f"hydra.sweep.dir={config.run_dir}"
                 raise ConfigError("run_dir", config.run_dir, rule, fix)
             seen.add(config.run_dir)
+
+
+def _check(config: Config) -> None:
+    validate_training(config)
+    training_schedule(config)
 
 
 def sweep_jobs(overrides: list[str]) -> Iterator[list[str]]:

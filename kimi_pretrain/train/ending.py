@@ -14,11 +14,12 @@ from kimi_pretrain.train.run import Run
 def evaluate_run(run: Run) -> Evaluation:
     """Held-out loss of the run's model as it is now."""
     return evaluate(
-        run.model,
+        run.forward,
         run.heldout,
         run.data.tokenizer.byte_lengths(),
         run.config.optimizer.qk_clip_threshold,
         run.world.dp,
+        run.world.everyone,
     )
 
 
@@ -73,12 +74,13 @@ def _sample(run: Run) -> dict[str, Any]:
     tokenizer = run.data.tokenizer
     prompt = run.heldout[0][1].tokens[0, :32].tolist()
     continuation = generate(
-        run.model,
+        run.forward,
         prompt,
         count,
         context=run.config.data.sequence_length,
         vocabulary=tokenizer.vocab_size,
         stop=tokenizer.eod_id,
         ranks=run.world.everyone,
+        speaks=run.world.dp.index == 0,
     )
     return {"prompt": tokenizer.decode(prompt), "sample": tokenizer.decode(continuation)}

@@ -1,4 +1,4 @@
-"""What every replica observed in a step, made one: two packed all-reduces over dp.
+"""What every rank observed in a step, made one: two packed all-reduces.
 
 They start after the step's last forward and fly under its last backward. Maxima travel with
 a second copy that holds the exact ones only, so that whether the largest value is exact
@@ -22,7 +22,7 @@ class Observations:
             record: this rank's, after its last forward of the step.
             loss: scalar, the sum over this rank's microbatches.
             stop: whether this rank was asked to stop; one that was stops all.
-            group: the replicas.
+            group: all ranks: replicas see other tokens, stages other layers.
         """
         self.record = record
         exact = record.max_logits.masked_fill(~record.exact, -torch.inf)

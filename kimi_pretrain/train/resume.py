@@ -106,7 +106,7 @@ def _load(config: Config, directory: Path, latest: Path, train_step: TrainStep) 
         raise ConfigError(
             "checkpoint", str(latest), str(error), "the configuration it was written with"
         ) from error
-    dtype = str(next(train_step.model.parameters()).dtype)
+    dtype = str(train_step.model.dtype)
     if state["dtype"] != dtype:
         raise ConfigError(
             "precision",

@@ -21,13 +21,11 @@ from kimi_pretrain.data.lock import exclusive
 from kimi_pretrain.data.prepared import PreparedData
 from kimi_pretrain.data.progress import console as progress_display
 from kimi_pretrain.data.progress import silent
-from kimi_pretrain.model.build import from_config
-from kimi_pretrain.model.causal_lm import CausalLM
 from kimi_pretrain.ops.precision import resolve
 from kimi_pretrain.optim.lr import total_steps
-from kimi_pretrain.parallel.dispatchers import open_dispatcher
 from kimi_pretrain.parallel.errors import PeerError
 from kimi_pretrain.parallel.world import World
+from kimi_pretrain.pipeline.forward import ForwardPipeline
 from kimi_pretrain.plan.flops import training_flops_per_token
 from kimi_pretrain.plan.parameters import count_parameters
 from kimi_pretrain.telemetry.console import Console
@@ -52,8 +50,8 @@ class Run:
     world: World
     data: PreparedData
     heldout: list[tuple[str, Batch]]  # (domain, windows)
-    model: CausalLM
     train_step: TrainStep
+    forward: ForwardPipeline
     writer: CheckpointWriter
     sinks: Sinks
     console: Console
@@ -80,10 +78,15 @@ class Run:
         state = {
             "step": step,
             "tokens": step * self.tokens_per_step,
-            "dtype": str(next(self.model.parameters()).dtype),
+            "dtype": str(self.forward.model.dtype),
         }
         share = snapshot(
-            self.model, self.train_step.optimizer, state, self.world.rank, self.world.size
+            self.forward.model,
+            self.train_step.optimizer,
+            state,
+            self.world.rank,
+            self.world.size,
+            self.world.dp.index == 0,
         )
         self.writer.save(step, share)
 
@@ -129,16 +132,7 @@ def open_run(config: Config, world: World) -> Run:
     lock = together(world, lambda: _lock(directory) if world.is_first else ExitStack())
     data = together(world, lambda: _data(config, world))
     dtype, device = resolve(config.precision), world.device
-    row_bytes = config.model.hidden_size * dtype.itemsize
-    dispatcher = together(world, lambda: open_dispatcher(config.parallel, world.ep, row_bytes))
-    model = from_config(
-        config.model,
-        dtype=dtype,
-        device=device,
-        seed=config.seed,
-        dispatcher=dispatcher,
-    )
-    train_step = TrainStep(config, model, world)
+    train_step = together(world, lambda: TrainStep.open(config, dtype, world))
     first_step = restore_latest(config, directory, train_step, console)
     if world.is_first:
         save_config(config, directory / CONFIG)
@@ -157,8 +151,10 @@ def open_run(config: Config, world: World) -> Run:
                 config.schedule.micro_batch_size,
             )
         ),
-        model=model,
         train_step=train_step,
+        forward=ForwardPipeline(
+            train_step.model, train_step.dispatcher, world.pp, config.parallel.vpp
+        ),
         writer=CheckpointWriter(
             directory / "checkpoints",
             config.schedule.keep_checkpoints,
@@ -202,9 +198,10 @@ def _ranks(run: Run) -> dict[str, str]:
     topology = run.world.topology
     if topology.world == 1:
         return {}
+    stages = f"{topology.pp} x {run.config.parallel.vpp} stages, " if topology.pp > 1 else ""
     return {
-        "ranks": f"{topology.world}: {topology.dp} replicas of the dense parameters, experts over "
-        f"{topology.ep}, {topology.edp} replicas of each"
+        "ranks": f"{topology.world}: {stages}{topology.dp} replicas of the dense parameters, "
+        f"experts over {topology.ep}, {topology.edp} replicas of each"
     }
 
 

@@ -15,8 +15,10 @@ from kimi_pretrain.ops.precision import accumulate_dtype
 from kimi_pretrain.optim.registry import build_sharded
 from kimi_pretrain.parallel.dispatch import Dispatcher
 from kimi_pretrain.parallel.world import World
+from kimi_pretrain.pipeline.actions import Schedule
 from kimi_pretrain.pipeline.execute import Executor, Work
 from kimi_pretrain.train.guards import require_finite
+from kimi_pretrain.train.model import open_model
 from kimi_pretrain.train.observations import Observations
 from kimi_pretrain.train.schedule import training_schedule
 
@@ -48,12 +50,26 @@ class TrainStep:
     """
 
     def __init__(
-        self, config: Config, model: RankModel, dispatcher: Dispatcher, world: World
+        self,
+        config: Config,
+        schedule: Schedule,
+        model: RankModel,
+        dispatcher: Dispatcher,
+        world: World,
     ) -> None:
         self.config, self.model, self.dispatcher, self.world = config, model, dispatcher, world
         self.optimizer = build_sharded(config.optimizer, config.parallel, model, world)
-        schedule = training_schedule(config)
         self.executor = Executor(schedule, model, dispatcher, world.pp)
+
+    @classmethod
+    def open(cls, config: Config, dtype: torch.dtype, world: World) -> "TrainStep":
+        """The step of this rank with a new model.
+
+        Raises:
+            ConfigError: no such schedule, or the dispatcher cannot run here.
+        """
+        schedule = training_schedule(config)
+        return cls(config, schedule, *open_model(config, schedule.placement, dtype, world), world)
 
     def run(
         self,

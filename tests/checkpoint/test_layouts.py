@@ -13,10 +13,8 @@ from kimi_pretrain.checkpoint.store import list_checkpoints, ranks, read_manifes
 from kimi_pretrain.checkpoint.writer import CheckpointWriter
 from kimi_pretrain.config import compose
 from kimi_pretrain.config.schema import Config
-from kimi_pretrain.model.build import from_config
-from kimi_pretrain.optim.registry import build_sharded
-from kimi_pretrain.parallel.dispatchers import open_dispatcher
 from kimi_pretrain.parallel.world import open_world
+from kimi_pretrain.train.step import TrainStep
 from tests.distributed.ranks import run_ranks
 
 STEPS = 9
@@ -28,6 +26,7 @@ def _config(dp: int, ep: int) -> Config:
             "experiment=smoke",
             "run_dir=unused",
             "model.n_routed_experts=4",
+            "schedule.micro_batch_size=1",
             f"parallel.dp={dp}",
             f"parallel.ep={ep}",
             "parallel.bucket_elements=4000",
@@ -49,12 +48,8 @@ def pass_on(rank: int, world_size: int, dp: int, ep: int, source: str, target: s
     """
     config = _config(dp, ep)
     world = open_world(config.parallel)
-    model = from_config(
-        config.model,
-        dtype=torch.bfloat16,
-        dispatcher=open_dispatcher(config.parallel, world.ep, 64),
-    )
-    optimizer = build_sharded(config.optimizer, config.parallel, model, world)
+    step = TrainStep.open(config, torch.bfloat16, world)
+    model, optimizer = step.model, step.optimizer
     if source:
         (directory,) = list_checkpoints(Path(source))
         state = restore(directory, model, optimizer)

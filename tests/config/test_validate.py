@@ -98,6 +98,7 @@ IN_ONE_GROUP: list[tuple[str, dict[str, Any], str, str]] = [
     ("parallel", {"dp": 0}, "parallel.dp", "parallel.dp=1"),
     ("parallel", {"dp": 6, "ep": 4}, "parallel.dp", "parallel.dp=8"),
     ("parallel", {"dp": 5, "ep": 5}, "parallel.ep", "parallel.ep=4"),
+    ("parallel", {"schedule": "interleaved"}, "parallel.schedule", "=interleaved_1f1b"),
     ("parallel", {"dense_sharding": "flatt"}, "parallel.dense_sharding", "=flat"),
     ("parallel", {"router_weights": "before"}, "parallel.router_weights", "=before_down"),
     ("parallel", {"dispatcher": "deep_ep"}, "parallel.dispatcher", "=deepep"),
@@ -107,9 +108,8 @@ IN_ONE_GROUP: list[tuple[str, dict[str, Any], str, str]] = [
 ]
 
 ONLY_PLANNED: list[tuple[str, dict[str, Any], str, str]] = [
-    ("parallel", {"pp": 2}, "parallel.pp", "parallel.pp=1"),
-    ("parallel", {"vpp": 2}, "parallel.vpp", "parallel.vpp=1"),
-    ("parallel", {"schedule": "k2"}, "parallel.schedule", "=none"),
+    ("parallel", {"pp": 2}, "parallel.schedule", "parallel.schedule=k2"),
+    ("parallel", {"vpp": 2}, "parallel.schedule", "parallel.schedule=k2"),
     ("parallel", {"dp": 3}, "schedule.global_batch_size", "schedule.global_batch_size=24"),
     ("activation", {"policy": "k2"}, "activation.policy", "=none"),
 ]

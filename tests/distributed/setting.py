@@ -8,8 +8,6 @@ import torch
 from kimi_pretrain.config import compose
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.data.batches import Batch
-from kimi_pretrain.model.build import from_config
-from kimi_pretrain.parallel.dispatchers import open_dispatcher
 from kimi_pretrain.parallel.world import World, open_world
 from kimi_pretrain.train.step import TrainStep
 
@@ -57,9 +55,7 @@ def part_of(world: World) -> Batch:
 
 def open_step(config: Config, dtype: torch.dtype, world: World | None = None) -> TrainStep:
     """The step of one rank, with a fresh model."""
-    world = world or open_world(config.parallel)
-    dispatcher = open_dispatcher(config.parallel, world.ep, config.model.hidden_size * 8)
-    return TrainStep(config, from_config(config.model, dtype=dtype, dispatcher=dispatcher), world)
+    return TrainStep.open(config, dtype, world or open_world(config.parallel))
 
 
 def put_together(pieces: list[Any]) -> dict[str, torch.Tensor]:

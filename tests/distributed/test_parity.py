@@ -18,6 +18,7 @@ from kimi_pretrain.config.schema import Config
 from kimi_pretrain.model.build import from_config
 from kimi_pretrain.model.causal_lm import CausalLM
 from kimi_pretrain.model.names import hf_views
+from kimi_pretrain.model.rank_model import RankModel
 from kimi_pretrain.model.record import StepRecord
 from kimi_pretrain.optim.registry import build_optimizer
 from kimi_pretrain.parallel.world import open_world
@@ -84,9 +85,9 @@ def configured(scenario: Scenario, dp: int = 1, ep: int = 1) -> Config:
     return configuration(dp, ep, f"schedule.micro_batch_size={size}", *scenario.overrides)
 
 
-def skew(model: CausalLM) -> None:
+def skew(model: CausalLM | RankModel) -> None:
     """Every token's first choice is expert 0; experts 5 to 7 are never chosen."""
-    for name, buffer in model.named_buffers():
+    for name, buffer in model.hf_named_buffers():
         assert name.endswith("e_score_correction_bias")
         buffer[0], buffer[5:] = 10.0, -10.0
 
@@ -142,6 +143,7 @@ def plain(scenario: Scenario) -> dict[str, Any]:
         "state": state,
         "counts": record.expert_counts,
         "max_logits": record.max_logits,
+        "tokens": record.tokens,
         "clipped": optimizer.qk_clip_metrics["clipped_heads"],
     }
 
@@ -207,11 +209,11 @@ def _compare(where: str, want: dict[str, Any], ranks: list[dict[str, Any]]) -> N
         np.testing.assert_allclose(got["norms"], want["norms"], rtol=TOLERANCE, err_msg=at)
         assert torch.equal(got["counts"], want["counts"]), at
         assert got["clipped"] == want["clipped"], at
-        _close(f"{at}: max_logits", got["max_logits"], want["max_logits"])
+        close(f"{at}: max_logits", got["max_logits"], want["max_logits"])
         for name, buffer in got["buffers"].items():
             assert torch.equal(buffer, want["buffers"][name]), f"{at}: {name}"
         for name, parameter in got["parameters"].items():
-            _close(f"{at}: {name}", parameter, want["parameters"][name])
+            close(f"{at}: {name}", parameter, want["parameters"][name])
     held = {name for got in ranks for name in got["parameters"]}
     assert held == want["parameters"].keys(), where
     for what in ("gradients", "state"):
@@ -222,10 +224,10 @@ def _compare(where: str, want: dict[str, Any], ranks: list[dict[str, Any]]) -> N
             whole = {key.removeprefix("gradient/"): t for key, t in whole.items()}
         assert whole.keys() == want[what].keys(), where
         for key, tensor in whole.items():
-            _close(f"{where}: {what} {key}", tensor, want[what][key])
+            close(f"{where}: {what} {key}", tensor, want[what][key])
 
 
-def _close(what: str, got: torch.Tensor, want: torch.Tensor) -> None:
+def close(what: str, got: torch.Tensor, want: torch.Tensor) -> None:
     apart = (got - want).abs()
     worst = int(apart.argmax())
     scale = float(want.abs().max())

@@ -18,17 +18,18 @@ def poisoned(rank: int, world_size: int) -> tuple[str, bool]:
     step.run(1, part, RATE)
     step.optimizer.buffers.gathered()
     before = _everything(step)
-    loss, calls = step.model.loss, []
+    chunk = step.model.chunks[0]
+    run, calls = chunk.lm_head.forward, []
 
-    def poison(*arguments: Any, **named: Any) -> torch.Tensor:
+    def poison(*arguments: Any) -> torch.Tensor:
         calls.append(1)
         if rank == 3 and len(calls) == 2:
-            stack = step.model.get_parameter("model.layers.2.mlp.experts.gate_up_proj")
+            stack = chunk.get_parameter("model.layers.2.mlp.experts.gate_up_proj")
             stack.main_grad[1, 0, 3, 4] = float("inf")  # type: ignore[attr-defined]
-        result: torch.Tensor = loss(*arguments, **named)
+        result: torch.Tensor = run(*arguments)
         return result
 
-    step.model.loss = poison  # type: ignore[method-assign]
+    chunk.lm_head.forward = poison  # type: ignore[method-assign]
     with pytest.raises(GuardStop) as stopped:
         step.run(2, part, RATE)
     same = all(torch.equal(a, b) for a, b in zip(before, _everything(step), strict=True))
@@ -36,7 +37,8 @@ def poisoned(rank: int, world_size: int) -> tuple[str, bool]:
 
 
 def _everything(step: Any) -> list[torch.Tensor]:
-    weights = [*step.model.parameters(), *step.model.buffers()]
+    chunk = step.model.chunks[0]
+    weights = [*chunk.parameters(), *chunk.buffers()]
     return [t.detach().clone() for t in [*weights, *(p.values for p in step.optimizer.pieces())]]
 
 

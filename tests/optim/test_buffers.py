@@ -69,9 +69,9 @@ def test_a_bucket_leaves_when_its_last_gradient_is_in() -> None:
     log: list[str] = []
     model, buffers = _buffers(log)
     x = torch.randn(3, 4, dtype=torch.float64)
+    buffers.expect(2)
     model(x).sum().backward()
-    assert log == []  # not the last microbatch
-    buffers.expect_last()
+    assert log == []  # one microbatch is to come
     hidden = model.first(x)
     hidden.register_hook(lambda grad: log.append("backward of the first layer"))
     model.second(hidden).sum().backward()
@@ -117,7 +117,7 @@ def test_a_module_waits_for_its_own_parameters_when_it_is_called() -> None:
 def test_a_parameter_that_took_no_part_is_an_error() -> None:
     """Catches a bucket that is never reduced and an update from one replica's gradient."""
     model, buffers = _buffers([])
-    buffers.expect_last()
+    buffers.expect(1)
     model.first(torch.randn(3, 4, dtype=torch.float64)).sum().backward()
     with pytest.raises(RuntimeError, match=r"second\.weight never came"):
         buffers.reduced()
@@ -127,7 +127,7 @@ def test_nonfinite_contributions_are_told_from_the_sum() -> None:
     """Catches a rank that is blamed for another's infinity in the shard it owns."""
     model, buffers = _buffers([])
     bucket = next(b for b in buffers.buckets if b.bucket.size == 24)
-    buffers.expect_last()
+    buffers.expect(1)
     model(torch.randn(3, 4, dtype=torch.float64)).sum().backward()
     buffers.reduced()
     bucket.gradients[3] = float("inf")  # in this rank's shard: what the sum brought

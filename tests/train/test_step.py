@@ -11,13 +11,19 @@ from kimi_pretrain.config import compose
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.data.batches import Batch
 from kimi_pretrain.model.build import from_config
-from kimi_pretrain.parallel.world import open_world
+from kimi_pretrain.model.causal_lm import CausalLM
+from kimi_pretrain.model.rank_model import RankModel
+from kimi_pretrain.parallel.collectives import Group
+from kimi_pretrain.parallel.dispatch import LocalDispatcher
+from kimi_pretrain.pipeline.forward import ForwardPipeline
 from kimi_pretrain.train.evaluate import evaluate
 from kimi_pretrain.train.generate import generate
 from kimi_pretrain.train.guards import GuardStop
 from kimi_pretrain.train.step import TrainStep
+from tests.distributed.setting import open_step
 
 LENGTH = 32
+ALONE = Group("alone")
 
 
 def _config(*overrides: str) -> Config:
@@ -33,8 +39,11 @@ def _config(*overrides: str) -> Config:
 
 
 def _step(config: Config, dtype: torch.dtype = torch.float64) -> TrainStep:
-    model = from_config(config.model, dtype=dtype)
-    return TrainStep(config, model, open_world(config.parallel))
+    return open_step(config, dtype)
+
+
+def _forward(model: CausalLM) -> ForwardPipeline:
+    return ForwardPipeline(RankModel(model.config, {0: model}), LocalDispatcher(), ALONE)
 
 
 def _batch(rows: int = 4) -> Batch:
@@ -51,14 +60,14 @@ def test_a_stop_asked_for_within_a_step_ends_after_it() -> None:
     """Catches ranks that take another whole step after the one a signal came in."""
     step = _step(_config("schedule.micro_batch_size=1"))
     asked: list[int] = []
-    loss = step.model.loss
+    run = step.model.chunks[0].lm_head.forward
 
-    def interrupted(*arguments: Any, **named: Any) -> torch.Tensor:
+    def interrupted(*arguments: Any) -> torch.Tensor:
         asked.append(1)
-        result: torch.Tensor = loss(*arguments, **named)
+        result: torch.Tensor = run(*arguments)
         return result
 
-    step.model.loss = interrupted  # type: ignore[method-assign]
+    step.model.chunks[0].lm_head.forward = interrupted  # type: ignore[method-assign]
     assert step.run(1, _batch(), 1e-2, lambda: bool(asked)).stop
     assert not step.run(2, _batch(), 1e-2).stop
 
@@ -94,12 +103,12 @@ def test_a_step_that_is_not_finite_leaves_every_bit_and_names_the_parameter() ->
     step = _step(_config(), torch.float32)
     step.run(1, _batch(), 1e-2)
     with torch.no_grad():
-        step.model.get_parameter("lm_head.weight")[7, 3] = float("nan")
-    before = {k: v.clone() for k, v in step.model.state_dict().items()}
+        step.model.chunks[0].get_parameter("lm_head.weight")[7, 3] = float("nan")
+    before = {k: v.clone() for k, v in step.model.chunks[0].state_dict().items()}
     state = [piece.values.clone() for piece in step.optimizer.pieces()]
     with pytest.raises(GuardStop, match=r"step 2: loss nan.*model\."):
         step.run(2, _batch(), 1e-2)
-    for key, value in step.model.state_dict().items():
+    for key, value in step.model.chunks[0].state_dict().items():
         assert torch.equal(value.nan_to_num(7.0), before[key].nan_to_num(7.0)), key
     for now, then in zip((p.values for p in step.optimizer.pieces()), state, strict=True):
         assert torch.equal(now.nan_to_num(7.0), then.nan_to_num(7.0))
@@ -113,8 +122,8 @@ def test_held_out_loss_is_the_mean_over_labels_and_bits_count_bytes() -> None:
     whole = _batch(3)
     parts = [("a", part) for part in whole.split(2)]
     lengths = np.full(257, 2)
-    once = evaluate(model, [("a", whole)], lengths, tau=None)
-    cut = evaluate(model, parts, lengths, tau=None)
+    once = evaluate(_forward(model), [("a", whole)], lengths, None, ALONE, ALONE)
+    cut = evaluate(_forward(model), parts, lengths, None, ALONE, ALONE)
     tokens, labels = (torch.from_numpy(x) for x in (whole.tokens, whole.labels))
     ids = torch.from_numpy(whole.document_ids)
     expected = float(model.loss(tokens, labels, document_ids=ids))
@@ -131,8 +140,9 @@ def test_a_sample_uses_only_ids_that_have_text_and_leaves_the_random_state() -> 
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    ids = generate(model, [1, 2, 3], 40, context=16, vocabulary=10, top_k=40)
+    settings = {"context": 16, "vocabulary": 10, "top_k": 40, "ranks": ALONE}
+    ids = generate(_forward(model), [1, 2, 3], 40, **settings)
     assert len(ids) == 40
     assert max(ids) < 10
     assert torch.equal(torch.rand(1), expected)
-    assert ids == generate(model, [1, 2, 3], 40, context=16, vocabulary=10, top_k=40)
+    assert ids == generate(_forward(model), [1, 2, 3], 40, **settings)

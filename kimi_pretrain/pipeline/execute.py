@@ -1,0 +1,284 @@
+"""Runs a schedule: one rank's actions, in order, on the phases of its chunks (design 4.2, 4.3).
+
+- ``F``, ``I`` and ``B`` drive a chunk's generators (``model.tape``) straight through; an
+  ``Overlap`` alternates two of them, one step each, so that while one computes the other's
+  all-to-all flies. Per layer, f one microbatch forwards and b another backwards, communication
+  in brackets: ``[b.combine] | f.attend`` -> ``[f.dispatch] | b.expert`` -> ``[b.dispatch] |
+  f.expert`` -> ``[f.combine] | b.attend``.
+- Weight gradients wait in a queue that the executor owns, by stage and microbatch: ``W``
+  computes them. Of a whole backward (``B``) each layer's are computed while its rows fly, and
+  the last layer's are held back until the gradient has been sent to the previous stage.
+- A ``PeerError`` tells which action the rank was in.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from kimi_pretrain.model.microbatch import DeviceBatch, Microbatch
+from kimi_pretrain.model.rank_model import RankModel
+from kimi_pretrain.model.record import StepRecord
+from kimi_pretrain.model.tape import ChunkTape, Steps, backward_steps, forward_steps
+from kimi_pretrain.ops.main_grad import Deferral
+from kimi_pretrain.parallel.collectives import Group
+from kimi_pretrain.parallel.dispatch import Dispatcher
+from kimi_pretrain.parallel.errors import PeerError
+from kimi_pretrain.pipeline.actions import Action, Kind, Node, Overlap, Schedule
+from kimi_pretrain.pipeline.mailbox import Mailbox
+
+Products = list[Callable[[], None]]
+Observe = Callable[[str, str, str, float, float], None]  # node, resource, name, start, end
+
+
+@dataclass
+class Work:
+    """One step's part of this rank."""
+
+    microbatches: Sequence[DeviceBatch]  # this replica's, the same on every stage
+    record: StepRecord
+    denominator: int  # labels of the global batch
+    # called after this rank's last forward, with the sum of its losses
+    forwards_done: Callable[[Tensor], None]
+
+
+class Executor:
+    """Walks one rank's row of a schedule, a step at a time."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        model: RankModel,
+        dispatcher: Dispatcher,
+        group: Group,
+        observe: Observe | None = None,
+    ) -> None:
+        """An executor.
+
+        Args:
+            schedule: verified, with sends and receives.
+            model: the chunks of the stages that the schedule places on this rank.
+            dispatcher: to the experts.
+            group: the ranks of this pipeline, in order.
+            observe: is told when what was computed and what flew.
+        """
+        self.schedule, self.model, self.dispatcher, self.group = schedule, model, dispatcher, group
+        self.observe = observe
+        self.deferral = Deferral()
+        for _, parameter in model.named_parameters():
+            parameter.main_grad_deferral = self.deferral  # type: ignore[attr-defined]
+
+    def run(self, work: Work) -> None:
+        """Every forward and backward of a step.
+
+        Raises:
+            PeerError: another rank failed or did not answer in time; says in which action.
+        """
+        step = _Step(self, work)
+        for position, node in enumerate(self.schedule.ranks[self.group.index]):
+            try:
+                step.do(node)
+            except PeerError as error:
+                where = f"rank {self.group.ranks[self.group.index]} was in {node}"
+                raise PeerError(f"{error} ({where}, action {position} of the step)") from error
+        step.close()
+
+
+@dataclass
+class _Step:
+    """What lives as long as one step."""
+
+    executor: Executor
+    work: Work
+    tapes: dict[tuple[int, int], ChunkTape] = field(default_factory=dict)
+    queued: dict[tuple[int, int], Products] = field(default_factory=dict)
+    held: Products = field(default_factory=list)  # the last layer's of a whole backward
+    node: str = ""
+
+    def __post_init__(self) -> None:
+        self.schedule, self.model = self.executor.schedule, self.executor.model
+        self.dispatcher, self.deferral = self.executor.dispatcher, self.executor.deferral
+        batches, width = self.work.microbatches, self.model.config.hidden_size
+        shapes = [(*batch.tokens.shape, width) for batch in batches]
+        self.mail = Mailbox(self.executor.group, shapes, self.model.dtype)
+        self.shared: dict[int, Microbatch] = {}
+        self.loss = torch.zeros(
+            (), dtype=self.work.record.max_logits.dtype, device=self.model.device
+        )
+        mine = [s for s in self.model.chunks if self.schedule.placement[s] == self.mail.group.index]
+        self.forwards_left = len(mine) * self.schedule.microbatches
+
+    def do(self, node: Node) -> None:
+        self.node = str(node)
+        kind = node.kind if isinstance(node, Action) else None
+        if self.held and kind not in (Kind.SEND_F, Kind.SEND_B):
+            self._compute_all(self.held, "W held back")
+        if isinstance(node, Overlap):
+            self._overlap(node.forward, node.backward)
+        else:
+            _DO[node.kind](self, node)
+
+    def close(self) -> None:
+        """The step is over.
+
+        Raises:
+            RuntimeError: a weight gradient or a tensor between stages is left.
+        """
+        self._compute_all(self.held, "W held back")
+        self.mail.close()
+        if self.queued or self.tapes:
+            raise RuntimeError(f"left over: weights {[*self.queued]}, tapes {[*self.tapes]}")
+
+    # --- the actions ----------------------------------------------------------------------
+
+    def forward(self, action: Action) -> None:
+        self._drive([(action, self._forward(action))])
+
+    def backward_input(self, action: Action) -> None:
+        queue = self.queued.setdefault((action.stage, action.microbatch), [])
+        self._drive([(action, self._backward(action))], queue)
+
+    def backward(self, action: Action) -> None:
+        self._drive([(action, self._backward(action))], self.held, at_once=True)
+
+    def weights(self, action: Action) -> None:
+        self._compute_all(self.queued.pop((action.stage, action.microbatch)), str(action))
+
+    def send_activation(self, action: Action) -> None:
+        to = action.stage + 1
+        self.mail.send(("activation", to, action.microbatch), self._holder(to))
+
+    def receive_activation(self, action: Action) -> None:
+        key = ("activation", action.stage, action.microbatch)
+        self.mail.post(key, self._holder(action.stage - 1))
+
+    def send_gradient(self, action: Action) -> None:
+        to = action.stage - 1
+        self.mail.send(("gradient", to, action.microbatch), self._holder(to))
+
+    def receive_gradient(self, action: Action) -> None:
+        key = ("gradient", action.stage, action.microbatch)
+        self.mail.post(key, self._holder(action.stage + 1))
+
+    def _overlap(self, f: Action, b: Action) -> None:
+        whole = b.kind is Kind.B
+        queue = self.held if whole else self.queued.setdefault((b.stage, b.microbatch), [])
+        pair = [(b, self._backward(b)), (f, self._forward(f))]
+        self._drive(pair, queue, at_once=whole)
+
+    # --- driving generators ---------------------------------------------------------------
+
+    def _drive(
+        self,
+        running: list[tuple[Action, Steps]],
+        queue: Products | None = None,
+        at_once: bool = False,
+    ) -> None:
+        """Resume each in turn until all have ended.
+
+        ``queue`` takes the weight gradients that a backward puts off; ``at_once`` computes
+        them as soon as rows are flying, but for those of the last steps.
+        """
+        while running:
+            for entry in list(running):
+                action, steps = entry
+                self.deferral.into = None if action.kind is Kind.F else queue
+                started = perf_counter()
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    running.remove(entry)
+                    self._tell(str(action), started)
+                    self._finish(action, end.value)
+                    continue
+                finally:
+                    self.deferral.into = None
+                self._tell(str(action), started)
+                if at_once and queue and action.kind is not Kind.F:
+                    self._compute_all(queue, f"{action} W")
+
+    def _forward(self, action: Action) -> Steps:
+        stage, number = action.stage, action.microbatch
+        batch = self.work.microbatches[number]
+        x = batch.tokens if stage == 0 else self.mail.take(("activation", stage, number))
+        chunk = self.model.chunks[stage]
+        loss = None
+        if stage == self.schedule.stages - 1:
+            self.work.record.tokens += batch.tokens.numel()
+
+            def loss(hidden: Tensor) -> Tensor:
+                result: Tensor = chunk.lm_head(
+                    hidden.flatten(0, 1), batch.labels.flatten(), self.work.denominator
+                )
+                return result
+
+        def keep(tape: ChunkTape) -> None:
+            self.tapes[stage, number] = tape
+
+        return forward_steps(chunk, x, self._microbatch(number), self.dispatcher, keep, loss)
+
+    def _backward(self, action: Action) -> Steps:
+        stage, number = action.stage, action.microbatch
+        if stage == self.schedule.stages - 1:
+            grad = torch.ones_like(self.loss)
+        else:
+            grad = self.mail.take(("gradient", stage, number))
+        return backward_steps(self.tapes.pop((stage, number)), grad, self.dispatcher)
+
+    def _finish(self, action: Action, result: Tensor) -> None:
+        """Put a compute action's result where it is wanted next."""
+        stage, number = action.stage, action.microbatch
+        if action.kind is not Kind.F:
+            if stage > 0:
+                self.mail.put(("gradient", stage - 1, number), result)
+            return
+        if stage == self.schedule.stages - 1:
+            self.loss += result
+        else:
+            self.mail.put(("activation", stage + 1, number), result)
+        self.forwards_left -= 1
+        if self.forwards_left == 0:
+            self.work.forwards_done(self.loss)
+
+    def _compute_all(self, products: Products, name: str) -> None:
+        started = perf_counter()
+        with torch.no_grad():
+            for product in products:
+                product()
+        products.clear()
+        self._tell(name, started)
+
+    def _tell(self, name: str, started: float) -> None:
+        if self.executor.observe is not None:
+            self.executor.observe(self.node, "compute", name, started, perf_counter())
+
+    def _microbatch(self, number: int) -> Microbatch:
+        """Positions and documents of a microbatch, the same for every stage of this rank."""
+        if number not in self.shared:
+            batch = self.work.microbatches[number]
+            self.shared[number] = Microbatch.build(
+                self.model.config,
+                batch.tokens.shape[1],
+                self.model.dtype,
+                batch.tokens.device,
+                batch.document_ids,
+                self.work.record,
+            )
+        return self.shared[number]
+
+    def _holder(self, stage: int) -> int:
+        return self.schedule.placement[stage]
+
+
+_DO: Mapping[Kind, Callable[[_Step, Action], None]] = {
+    Kind.F: _Step.forward,
+    Kind.I: _Step.backward_input,
+    Kind.B: _Step.backward,
+    Kind.W: _Step.weights,
+    Kind.SEND_F: _Step.send_activation,
+    Kind.RECV_F: _Step.receive_activation,
+    Kind.SEND_B: _Step.send_gradient,
+    Kind.RECV_B: _Step.receive_gradient,
+}
