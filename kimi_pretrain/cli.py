@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from kimi_pretrain import __version__
+from kimi_pretrain.config import exit_codes
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.nearest import nearest_name
 from kimi_pretrain.parallel.errors import PeerError, SharedConfigError
@@ -27,8 +28,6 @@ kimi-pretrain COMMAND --help says more; docs/configuration.md lists what can be 
 Completion: eval "$(kimi-pretrain train --shell-completion install=bash)"
 """
 
-EXIT_BAD_INPUT = 2  # docs/exit-codes.md
-EXIT_PEER = 4
 # Seconds that other ranks leave to rank 0: where all fail at once, and where each in its time.
 SHARED_TURN, OWN_TURN = 1.0, 5.0
 
@@ -38,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments:
         print(USAGE, end="", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return exit_codes.BAD_INPUT
     word, rest = arguments[0], arguments[1:]
     if word in ("-h", "--help"):
         print(USAGE, end="")
@@ -55,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         return _COMMANDS[word](rest)
     except (ConfigError, PeerError) as error:
         _say(error)
-        return EXIT_PEER if isinstance(error, PeerError) else EXIT_BAD_INPUT
+        return exit_codes.PEER if isinstance(error, PeerError) else exit_codes.BAD_INPUT
 
 
 def _say(error: ConfigError | PeerError) -> None:
@@ -93,7 +92,7 @@ def _train(arguments: list[str]) -> int:
 def _report(arguments: list[str]) -> int:
     if arguments in (["-h"], ["--help"]) or len(arguments) != 1:
         print("usage: kimi-pretrain report RUN_DIR", file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments in (["-h"], ["--help"]) else EXIT_BAD_INPUT
+        return 0 if arguments in (["-h"], ["--help"]) else exit_codes.BAD_INPUT
     run_dir = Path(arguments[0])
     if not (run_dir / "metrics.jsonl").is_file():
         rule = "a run directory holds metrics.jsonl"

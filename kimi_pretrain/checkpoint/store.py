@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -120,18 +120,6 @@ def verify_share(directory: Path, rank: int, world: int) -> None:
             )
         if sha256(path) != expected["sha256"]:
             raise CheckpointError(f"{path}: its SHA-256 differs from its manifest")
-
-
-def latest_verified(root: Path, rejected: Callable[[CheckpointError], None]) -> Path | None:
-    """The newest checkpoint that verifies; each newer one that does not goes to `rejected`."""
-    for directory in list_checkpoints(root):
-        try:
-            verify(directory)
-        except CheckpointError as error:
-            rejected(error)
-            continue
-        return directory
-    return None
 
 
 def prune(root: Path, keep: int, step: int) -> None:

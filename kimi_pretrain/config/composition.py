@@ -16,6 +16,7 @@ from kimi_pretrain.config.family import register_resolver
 from kimi_pretrain.config.no_code import refuse_code
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.secrets import refuse_secrets
+from kimi_pretrain.config.settled import settled
 from kimi_pretrain.config.translate import HYDRA_ERRORS, split_override, translate
 from kimi_pretrain.config.typed import build, defaults
 from kimi_pretrain.config.validate import validate
@@ -100,7 +101,7 @@ def to_config(composed: DictConfig) -> Config:
         refuse_secrets(_leaves(plain), os.environ)
     except HYDRA_ERRORS as error:
         raise translate(error, [], group_options(conf_dir())) from error
-    config: Config = build(Config, plain)
+    config: Config = settled(build(Config, plain))
     validate(config)
     return config
 

@@ -105,7 +105,8 @@ class ScheduleConfig:
     """How long a run is, how large a step is, and what happens every so many steps."""
 
     global_batch_size: int = MISSING  # sequences a step
-    micro_batch_size: int = MISSING  # sequences a microbatch
+    # sequences a microbatch; null: a replica's whole share, in a pipeline one sequence
+    micro_batch_size: int | None = None
     max_steps: int | None = None  # stops here even if stages go on; null: the stages' end
     stages: list[StageConfig] = field(default_factory=list)
     eval_interval: int = 50  # steps; 0 never

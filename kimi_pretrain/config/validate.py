@@ -24,6 +24,7 @@ from kimi_pretrain.config.schema import (
     ScheduleConfig,
     StageConfig,
 )
+from kimi_pretrain.config.settled import micro_batch_size
 
 
 def validate(config: Config) -> None:
@@ -176,10 +177,11 @@ def _optimizer(optimizer: OptimizerConfig) -> None:
 def _schedule(schedule: ScheduleConfig) -> None:
     size, micro = schedule.global_batch_size, schedule.micro_batch_size
     _at_least("schedule.global_batch_size", size, 1)
-    _at_least("schedule.micro_batch_size", micro, 1)
-    rule = f"a step is whole microbatches of micro_batch_size={micro} sequences"
-    fix = f"schedule.global_batch_size={_up(size, micro)}"
-    _require(size % micro == 0, "schedule.global_batch_size", size, rule, fix)
+    if micro is not None:
+        _at_least("schedule.micro_batch_size", micro, 1)
+        rule = f"a step is whole microbatches of micro_batch_size={micro} sequences"
+        fix = f"schedule.global_batch_size={_up(size, micro)}"
+        _require(size % micro == 0, "schedule.global_batch_size", size, rule, fix)
     if schedule.max_steps is not None:
         _at_least("schedule.max_steps", schedule.max_steps, 1)
     for name, least in (
@@ -283,10 +285,10 @@ def validate_training(config: Config) -> None:
             schedule, or an activation policy.
     """
     parallel, schedule = config.parallel, config.schedule
-    whole = schedule.micro_batch_size * parallel.dp
+    whole = micro_batch_size(config) * parallel.dp
     rule = (
         f"each of parallel.dp={parallel.dp} replicas takes as many whole microbatches of "
-        f"schedule.micro_batch_size={schedule.micro_batch_size} sequences"
+        f"schedule.micro_batch_size={micro_batch_size(config)} sequences"
     )
     size = schedule.global_batch_size
     fix = f"schedule.global_batch_size={_up(size, whole)}"

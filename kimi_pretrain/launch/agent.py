@@ -16,8 +16,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-EXIT_PEER = 4
-EXIT_SIGNALLED = 128  # plus the signal's number, as a shell says it
+from kimi_pretrain.config import exit_codes
+
 # Most ranks end because another one has. Causes come before what they cause: a defect, a
 # refusal or a guard, then a rank that was killed, and only then the loss of a peer.
 _CAUSES = (1, 2, 3)
@@ -40,7 +40,7 @@ def main(watched: int, arguments: list[str]) -> int:
             sys.stderr.write(f"kimi-pretrain: {line}\n")
         return code
     except SignalException as error:
-        return EXIT_SIGNALLED + int(error.sigval)
+        return exit_codes.SIGNALLED + int(error.sigval)
     return 0
 
 
@@ -59,9 +59,9 @@ def verdict(codes: Mapping[int, int]) -> tuple[int, str]:
         hint = " (out of memory?)" if killed[rank] == signal.SIGKILL else ""
         others = f", and {len(killed) - 1} more" if len(killed) > 1 else ""
         line = f"rank {rank} was killed by {killed[rank].name}{hint}{others}; the run has ended"
-        return EXIT_PEER, line
+        return exit_codes.PEER, line
     if not spoken:  # a signal before the ranks could stop in order
-        return EXIT_SIGNALLED + signal.SIGTERM, ""
+        return exit_codes.SIGNALLED + signal.SIGTERM, ""
     known = [*causes, *(code for code in _CONSEQUENCES if code in spoken)]
     return (known[0] if known else max(spoken)), ""
 

@@ -16,8 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from kimi_pretrain.config import exit_codes
+
 RANKS_DIR = "KIMI_PRETRAIN_RANKS"  # the folder's name, in each rank's environment
-EXIT_PEER = 4
 _STOP = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -53,7 +54,7 @@ def launch(module: str, arguments: Sequence[str], ranks: int) -> int:
     if code < 0:
         name = signal.Signals(-code).name
         sys.stderr.write(f"kimi-pretrain: torchrun was killed by {name}; its ranks have ended\n")
-        return EXIT_PEER
+        return exit_codes.PEER
     return code
 
 

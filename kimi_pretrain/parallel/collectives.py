@@ -57,7 +57,7 @@ class Handle:
         self,
         work: Any = None,
         what: str = "",
-        deadline: float = 0.0,
+        deadline: float | None = None,
         finish: Callable[[], None] | None = None,
     ) -> None:
         self._work, self._what, self._deadline, self._finish = work, what, deadline, finish
@@ -76,7 +76,10 @@ class Handle:
         work, self._work = self._work, None
         if work is not None:
             try:
-                work.wait(timedelta(seconds=self._deadline))
+                if self._deadline is None:
+                    work.wait()
+                else:
+                    work.wait(timedelta(seconds=self._deadline))
             except RuntimeError as error:
                 raise PeerError(f"{self._what}: {first_line(error)}") from error
         finish, self._finish = self._finish, None
@@ -278,7 +281,10 @@ class Group:
             work = call()
         except RuntimeError as error:  # torch.distributed.DistError is one
             raise PeerError(f"{what}: {first_line(error)}") from error
-        return Handle(work, what, self.deadline, finish)
+        # With a time to wait for, NCCL would hold up this thread instead of the stream; there the
+        # process group's own watchdog keeps the deadline.
+        deadline = self.deadline if self.device.type == "cpu" else None
+        return Handle(work, what, deadline, finish)
 
 
 def _plain(tensor: Tensor) -> Tensor:

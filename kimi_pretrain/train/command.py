@@ -21,6 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from kimi_pretrain.config import exit_codes
 from kimi_pretrain.config.composition import (
     PRIMARY,
     VERSION_BASE,
@@ -39,8 +40,6 @@ from kimi_pretrain.parallel.errors import PeerError
 from kimi_pretrain.train.schedule import training_schedule
 
 SPIN_COUNT = "10000"
-EXIT_SIGNAL = 75  # docs/exit-codes.md: stopped by a signal after a checkpoint
-EXIT_SIGNALLED = 128  # plus a signal's number: it came before there was anything to save
 
 Launch = Callable[[list[str], int], int]  # command line and number of ranks -> exit code
 
@@ -88,7 +87,7 @@ def main(argv: list[str], launch: Launch) -> int:
                 codes.append(_train(config))
         except (ConfigError, PeerError) as error:
             raise _EndOfSweep(error) from error
-        if codes[-1] == EXIT_SIGNAL or codes[-1] > EXIT_SIGNALLED:
+        if codes[-1] == exit_codes.SIGNAL or codes[-1] > exit_codes.SIGNALLED:
             raise _EndOfSweep(codes[-1])
 
     try:

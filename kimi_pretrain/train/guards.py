@@ -6,10 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-EXIT_DONE = 0
-EXIT_GUARD = 3
-EXIT_SIGNAL = 75
-
 
 class GuardStop(Exception):
     """A guard refused to update the weights; they are as they were before the step."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+from kimi_pretrain.config import exit_codes
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.data.batches import Batch
 from kimi_pretrain.optim.lr import learning_rate
@@ -17,9 +18,6 @@ from kimi_pretrain.parallel.world import open_world
 from kimi_pretrain.train.ending import evaluate_run, finish
 from kimi_pretrain.train.evaluate import Evaluation
 from kimi_pretrain.train.guards import (
-    EXIT_DONE,
-    EXIT_GUARD,
-    EXIT_SIGNAL,
     GuardStop,
     StopRequest,
     stop_on_signal,
@@ -42,14 +40,14 @@ def train(config: Config) -> int:
         with run:
             try:
                 code, evaluation = _steps(run, stop)
-                if code == EXIT_DONE:
+                if code == exit_codes.DONE:
                     finish(run, evaluation)
             except GuardStop as reason:
                 run.console.note(f"stopped by a guard: {reason}")
-                code = EXIT_GUARD
+                code = exit_codes.GUARD
         # The first rank to leave with a code makes torchrun end the others: leave together.
         world.everyone.barrier()
-        if code == EXIT_DONE and config.logging.report and world.is_first:
+        if code == exit_codes.DONE and config.logging.report and world.is_first:
             _report(run)
     return code
 
@@ -84,8 +82,8 @@ def _steps(run: Run, stop: StopRequest) -> tuple[int, Evaluation | None]:
                 f"{reason}: stopped after step {step} with a checkpoint; "
                 f"go on with run_dir={run.directory}"
             )
-            return EXIT_SIGNAL, None
-    return EXIT_DONE, evaluation
+            return exit_codes.SIGNAL, None
+    return exit_codes.DONE, evaluation
 
 
 def _batches(run: Run) -> Iterator[tuple[int, Batch, float]]:

@@ -15,6 +15,7 @@ from kimi_pretrain.checkpoint.writer import CheckpointWriter
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.saved import save_config
 from kimi_pretrain.config.schema import Config
+from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.data.batches import Batch, Prefetcher, TrainStream, heldout_windows
 from kimi_pretrain.data.corpus import ensure
 from kimi_pretrain.data.lock import exclusive
@@ -148,7 +149,7 @@ def open_run(config: Config, world: World) -> Run:
                 data,
                 config.data,
                 config.schedule.eval_sequences,
-                config.schedule.micro_batch_size,
+                micro_batch_size(config),
             )
         ),
         train_step=train_step,

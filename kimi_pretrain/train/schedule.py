@@ -1,6 +1,7 @@
 """The pipeline schedule of a run, made and checked before anything is started. No torch."""
 
 from kimi_pretrain.config.schema import Config
+from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.pipeline.actions import Schedule
 from kimi_pretrain.pipeline.passes import insert_p2p
 from kimi_pretrain.pipeline.schedules import generate, one_f_one_b
@@ -10,8 +11,7 @@ from kimi_pretrain.plan.stages import stage_layers
 
 def microbatches_of(config: Config) -> int:
     """Microbatches of one replica in one step."""
-    schedule = config.schedule
-    return schedule.global_batch_size // (schedule.micro_batch_size * config.parallel.dp)
+    return config.schedule.global_batch_size // (micro_batch_size(config) * config.parallel.dp)
 
 
 def training_schedule(config: Config) -> Schedule:

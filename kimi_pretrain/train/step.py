@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kimi_pretrain.config.schema import Config
+from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.data.batches import Batch
 from kimi_pretrain.model.microbatch import DeviceBatch
 from kimi_pretrain.model.rank_model import RankModel
@@ -103,7 +104,7 @@ class TrainStep:
         return StepResult(loss=loss, grad_norm=norm, record=record, stop=stops)
 
     def _accumulate(self, batch: Batch, stop: Callable[[], bool]) -> Observations:
-        size = self.config.schedule.micro_batch_size
+        size = micro_batch_size(self.config)
         sequences = len(batch.tokens)
         device = self.model.device
         labels = torch.tensor(int((batch.labels >= 0).sum()), device=device)

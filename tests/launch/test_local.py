@@ -236,7 +236,7 @@ def test_training_ranks_stop_with_a_checkpoint(tmp_path: Path) -> None:
     assert parent.returncode == 75, err
     assert err == ""
     assert out.count("stopped after step") == 1
-    assert list((tmp_path / "run" / "checkpoints").glob("*"))
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
 def test_a_killed_training_rank_ends_the_run(tmp_path: Path) -> None:
