@@ -267,6 +267,7 @@ def _parallel(parallel: ParallelConfig) -> None:
     rule = f"it counts the replicas of the dense parameters, edp x ep: a multiple of ep={ep}"
     _require(dp % ep == 0, "parallel.dp", dp, rule, f"parallel.dp={_up(dp, ep)}")
     _one_of("parallel.schedule", parallel.schedule, names.SCHEDULES)
+    _one_of("parallel.layer_split", parallel.layer_split, names.LAYER_SPLITS)
     _one_of("parallel.dense_sharding", parallel.dense_sharding, names.DENSE_SHARDINGS)
     _one_of("parallel.router_weights", parallel.router_weights, names.ROUTER_WEIGHTS)
     _one_of("parallel.dispatcher", parallel.dispatcher, names.DISPATCHERS)
@@ -295,7 +296,7 @@ def validate_training(config: Config) -> None:
     _require(size % whole == 0, "schedule.global_batch_size", size, rule, fix)
     stages, order = parallel.pp * parallel.vpp, parallel.schedule
     rule = f"parallel.pp x parallel.vpp = {stages} stages need a schedule"
-    known = stages == 1 or order != "none"
+    known = stages == 1 or order != "none" or parallel.schedule_file is not None
     _require(known, "parallel.schedule", order, rule, "parallel.schedule=k2")
     policy = config.activation.policy
     rule = "this version keeps every activation"

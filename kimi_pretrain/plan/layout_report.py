@@ -13,7 +13,7 @@ from kimi_pretrain.optim.layout import plan_layout
 from kimi_pretrain.optim.ownership import newton_schulz_flops, work
 from kimi_pretrain.parallel.topology import Topology
 from kimi_pretrain.plan.shapes import stage_specs
-from kimi_pretrain.plan.stages import stage_layers
+from kimi_pretrain.plan.stages import split_layers
 
 PARAMETER_BYTES = 2  # bf16
 GRADIENT_BYTES = 4  # fp32
@@ -126,7 +126,7 @@ def layout_report(config: Config) -> LayoutReport:
     topology = Topology.of_config(parallel)
     # Stages of the same shapes have the same layout but for names.
     alike: dict[tuple[object, ...], list[tuple[int, range, list[Spec]]]] = {}
-    for stage, layers in enumerate(stage_layers(config.model.num_hidden_layers, parallel.pp)):
+    for stage, layers in enumerate(split_layers(config.model, parallel)):
         specs = stage_specs(config.model, layers, parallel.ep)
         key = tuple((spec.shape, spec.muon, spec.expert) for spec in specs)
         alike.setdefault(key, []).append((stage, layers, specs))

@@ -4,6 +4,43 @@ from collections.abc import Callable, Sequence
 from math import inf
 
 from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.config.schema import ModelConfig, ParallelConfig
+from kimi_pretrain.plan.parameters import attention_parameters
+
+
+def split_layers(model: ModelConfig, parallel: ParallelConfig) -> list[range]:
+    """The layers of every stage, as ``parallel.layer_split`` says.
+
+    ``balanced`` weighs a layer by the larger of its shares of the model's time (parameters
+    that a token passes) and of a rank's memory (parameters that a rank holds), the embedding
+    and the head included.
+
+    Raises:
+        ConfigError: more stages than layers.
+    """
+    stages = parallel.pp * parallel.vpp
+    if parallel.layer_split == "even":
+        return stage_layers(model.num_hidden_layers, stages)
+    attention = attention_parameters(model)
+    expert = 3 * model.hidden_size * model.moe_intermediate_size
+    dense = 3 * model.hidden_size * model.intermediate_size
+    always = attention + model.n_shared_experts * expert
+    held = model.n_routed_experts // parallel.ep
+    vocabulary = model.vocab_size * model.hidden_size
+    layers = [
+        (attention + dense, attention + dense)
+        if layer < model.first_k_dense_replace
+        else (always + model.num_experts_per_tok * expert, always + held * expert)
+        for layer in range(model.num_hidden_layers)
+    ]
+    time = sum(layer[0] for layer in layers) + vocabulary
+    memory = sum(layer[1] for layer in layers) + 2 * vocabulary
+    return balanced_layers(
+        [max(layer[0] / time, layer[1] / memory) for layer in layers],
+        stages,
+        first_extra=vocabulary / memory,
+        last_extra=max(vocabulary / time, vocabulary / memory),
+    )
 
 
 def stage_layers(layers: int, stages: int) -> list[range]:

@@ -9,6 +9,7 @@ from kimi_pretrain.config.saved import flat
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.parallel.rendezvous import disagreement
 from kimi_pretrain.parallel.world import World
+from kimi_pretrain.train.schedule import training_schedule
 
 
 def require_agreement(world: World, config: Config) -> None:
@@ -36,6 +37,7 @@ def agreed_run_dir(world: World, config: Config) -> str:
 def _facts(config: Config) -> dict[str, str]:
     values = {key: str(value) for key, value in flat(config).items() if key != "run_dir"}
     return values | {
+        "digest of the schedule": training_schedule(config).digest(),
         "version of numpy": np.__version__,
         "version of safetensors": safetensors.__version__,
     }

@@ -99,6 +99,7 @@ IN_ONE_GROUP: list[tuple[str, dict[str, Any], str, str]] = [
     ("parallel", {"dp": 6, "ep": 4}, "parallel.dp", "parallel.dp=8"),
     ("parallel", {"dp": 5, "ep": 5}, "parallel.ep", "parallel.ep=4"),
     ("parallel", {"schedule": "interleaved"}, "parallel.schedule", "=interleaved_1f1b"),
+    ("parallel", {"layer_split": "evn"}, "parallel.layer_split", "=even"),
     ("parallel", {"dense_sharding": "flatt"}, "parallel.dense_sharding", "=flat"),
     ("parallel", {"router_weights": "before"}, "parallel.router_weights", "=before_down"),
     ("parallel", {"dispatcher": "deep_ep"}, "parallel.dispatcher", "=deepep"),

@@ -1,13 +1,15 @@
 """Which layers a stage holds."""
 
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kimi_pretrain.config import compose
 from kimi_pretrain.config.errors import ConfigError
-from kimi_pretrain.plan.stages import balanced_layers, stage_layers
+from kimi_pretrain.plan.stages import balanced_layers, split_layers, stage_layers
 
 
 def test_k2_on_16_stages() -> None:
@@ -77,3 +79,16 @@ def test_balancing_more_stages_than_layers_is_refused(stages: int, fix: str) -> 
     """Catches pp x vpp chunks of which some hold nothing."""
     with pytest.raises(ConfigError, match=f"pipeline stages: got {stages}; .* 4 layers; try {fix}"):
         balanced_layers([1.0] * 4, stages)
+
+
+@pytest.mark.parametrize("vpp", [1, 2, 3])
+def test_a_balanced_split_of_k2_gives_the_ends_less(vpp: int) -> None:
+    """Catches a split by count where the head, 1.2G parameters, waits behind as many layers."""
+    config = compose(["model=k2", "parallel.ep=16", "parallel.dp=16", "parallel.pp=16"])
+    parallel = replace(config.parallel, vpp=vpp, layer_split="balanced")
+    counts = [len(layers) for layers in split_layers(config.model, parallel)]
+    assert sum(counts) == 61
+    assert min(counts) >= 1
+    assert counts[-1] < max(counts)
+    even = replace(parallel, layer_split="even")
+    assert split_layers(config.model, even) == stage_layers(61, 16 * vpp)

@@ -10,6 +10,7 @@ from tests.distributed.ranks import run_ranks
 
 def _agree(rank: int, size: int, odd: int, override: str, version: str | None) -> str:
     overrides = ["experiment=smoke", f"parallel.dp={size}", f"run_dir=runs/of-{rank}"]
+    overrides.append("schedule.global_batch_size=12")
     if rank == odd:
         overrides.append(override)
         if version is not None:
