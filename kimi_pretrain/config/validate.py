@@ -258,6 +258,8 @@ def _logging(logging: LoggingConfig) -> None:
     _one_of("logging.wandb_mode", logging.wandb_mode, names.WANDB_MODES)
     _at_least("logging.console_interval", logging.console_interval, 1)
     _at_least("logging.layer_interval", logging.layer_interval, 1)
+    if logging.trace_step is not None:
+        _at_least("logging.trace_step", logging.trace_step, 1)
 
 
 def _parallel(parallel: ParallelConfig) -> None:

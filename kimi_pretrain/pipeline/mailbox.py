@@ -35,17 +35,21 @@ class Mailbox:
         """Something for a stage of this rank, made here; or something that is to leave."""
         self._here[key] = tensor, Handle()
 
-    def post(self, key: Key, source: int) -> None:
+    def post(self, key: Key, source: int) -> Handle:
         """Start to receive what member ``source`` of the group sends for ``key``."""
         buffer = torch.empty(self.shapes[key[2]], dtype=self.dtype, device=self.group.device)
-        self._here[key] = buffer, self.group.receive(buffer, source)
+        handle = self.group.receive(buffer, source)
+        self._here[key] = buffer, handle
+        return handle
 
-    def send(self, key: Key, to: int) -> None:
+    def send(self, key: Key, to: int) -> Handle:
         """Start to send what was put for ``key`` to member ``to``."""
         tensor = self.take(key).contiguous()
-        self._leaving.append((self.group.send(tensor, to), tensor))
+        handle = self.group.send(tensor, to)
+        self._leaving.append((handle, tensor))
         while self._leaving and self._leaving[0][0].done:
             self._leaving.popleft()
+        return handle
 
     def take(self, key: Key) -> Tensor:
         """What is here for ``key``, once it has arrived.

@@ -175,6 +175,7 @@ def open_run(config: Config, world: World) -> Run:
     )
     together(world, lambda: _require_heldout(run))
     together(world, lambda: _require_samples(run))
+    together(world, lambda: _require_traced_step(run))
     console.start(run.total_steps, first_step, _facts(run, dtype, device))
     return run
 
@@ -263,6 +264,13 @@ def _require_samples(run: Run) -> None:
             f"the schedule reads {run.total_steps * run.tokens_per_step}",
             "a last mixture stage without `tokens`, which stays open",
         )
+
+
+def _require_traced_step(run: Run) -> None:
+    traced, last = run.config.logging.trace_step, run.total_steps
+    if traced is not None and traced > last:
+        rule = f"the step to trace is one of the run's, 1 to {last}"
+        raise ConfigError("logging.trace_step", traced, rule, f"logging.trace_step={last}")
 
 
 def _require_vocabulary(config: Config, data: PreparedData) -> None:
