@@ -95,6 +95,7 @@ IN_ONE_GROUP: list[tuple[str, dict[str, Any], str, str]] = [
     ("logging", {"wandb_mode": "onlin"}, "logging.wandb_mode", "=online"),
     ("logging", {"console_interval": 0}, "logging.console_interval", "=1"),
     ("logging", {"layer_interval": 0}, "logging.layer_interval", "=1"),
+    ("logging", {"trace_step": 0}, "logging.trace_step", "=1"),
     ("parallel", {"dp": 0}, "parallel.dp", "parallel.dp=1"),
     ("parallel", {"dp": 6, "ep": 4}, "parallel.dp", "parallel.dp=8"),
     ("parallel", {"dp": 5, "ep": 5}, "parallel.ep", "parallel.ep=4"),
