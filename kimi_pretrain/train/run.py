@@ -192,7 +192,8 @@ def _facts(run: Run, dtype: torch.dtype, device: torch.device) -> dict[str, str]
         "steps": f"{run.total_steps:,} x {run.tokens_per_step:,} tokens = {written(tokens)}",
         **_ranks(run),
         "precision": f"{str(dtype).removeprefix('torch.')} on {device}, "
-        f"{torch.get_num_threads()} threads, matmul peak {run.peak_flops / 1e9:,.0f} GFLOP/s",
+        f"{_counted(torch.get_num_threads(), 'thread')} a rank, "
+        f"matmul peak {run.peak_flops / 1e9:,.0f} GFLOP/s",
     }
 
 
@@ -203,8 +204,12 @@ def _ranks(run: Run) -> dict[str, str]:
     stages = f"{topology.pp} x {run.config.parallel.vpp} stages, " if topology.pp > 1 else ""
     return {
         "ranks": f"{topology.world}: {stages}{topology.dp} replicas of the dense parameters, "
-        f"experts over {topology.ep}, {topology.edp} replicas of each"
+        f"experts over {topology.ep}, {_counted(topology.edp, 'replica')} of each"
     }
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _data(config: Config, world: World) -> PreparedData:
@@ -217,10 +222,14 @@ def _data(config: Config, world: World) -> PreparedData:
 
 
 def _peak_flops(config: Config, world: World, dtype: torch.dtype) -> float:
-    """Of all ranks together; measured on the first, which alone reports it."""
+    """Of all ranks together, measured on all at once: ranks of one machine share its cores."""
     if config.cluster.peak_flops:
         return config.cluster.peak_flops * world.size
-    return measure_matmul_peak(dtype, world.device) * world.size if world.is_first else 1.0
+    world.everyone.barrier()
+    peak = torch.tensor([measure_matmul_peak(dtype, world.device)], dtype=torch.float64)
+    peak = peak.to(world.device)
+    world.everyone.all_reduce_sum(peak).wait()
+    return float(peak)
 
 
 def _lock(directory: Path) -> ExitStack:
