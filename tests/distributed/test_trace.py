@@ -1,6 +1,7 @@
 """A run that traces a step, and `kimi-pretrain trace` of it, as a person uses them."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import pytest
 
 from kimi_pretrain.cli import main
 from kimi_pretrain.config import compose
+from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.pipeline.actions import SENDS, Action, Kind, Overlap, Schedule, leaves
 from kimi_pretrain.pipeline.timeline import ALL_TO_ALL, COMPUTE, P2P, Timeline, read_rows
 from kimi_pretrain.telemetry.measured_costs import measured_schedule
+from kimi_pretrain.train.loop import train
 from kimi_pretrain.train.schedule import stages_of, training_schedule
 from tests.distributed.ranks import run_ranks
 
@@ -43,8 +46,6 @@ def configured(run_dir: str, pp: int, vpp: int, dp: int, ep: int, schedule: str)
 
 
 def train_as_rank(rank: int, world_size: int, *arguments: object) -> int:
-    from kimi_pretrain.train.loop import train
-
     return train(configured(*arguments))  # type: ignore[arg-type]
 
 
@@ -88,6 +89,14 @@ def test_a_traced_run_is_drawn_beside_its_plan(
         spans = sorted((i.start, i.end) for i in measured.ranks[rank] if i.resource == COMPUTE)
         assert all(before[1] <= after[0] for before, after in pairwise(spans))
     require_causes_before_effects(plan, measured)
+
+
+def test_a_step_that_the_run_does_not_have_is_refused(tmp_path: Path) -> None:
+    """Catches a run at whose end there is no trace, and nobody said so."""
+    config = configured(str(tmp_path), 1, 1, 1, 1, "none")
+    config = replace(config, logging=replace(config.logging, trace_step=STEPS + 1))
+    with pytest.raises(ConfigError, match=f"logging.trace_step: got 3.*1 to {STEPS}"):
+        train(config)
 
 
 def names(timeline: Timeline, resource: str) -> Counter[str]:
