@@ -240,7 +240,7 @@ def read_rows(directory: Path, name: str = "measured") -> Timeline:
     rows = messages(interval for path in paths for interval in _read(path))
     if not rows:
         rule = "a trace holds rank-*.jsonl with at least one interval"
-        raise ConfigError("trace", str(directory), rule, "a run that was traced")
+        raise ConfigError("trace", str(directory), rule, "training with logging.trace_step=3")
     pp = 1 + max(interval.rank for interval in rows)
     if len(paths) != pp:
         rule = f"its rows are of ranks up to {pp - 1}, and {len(paths)} files are there"
