@@ -19,6 +19,7 @@ What gloo lacks or does badly is settled here, once:
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -256,7 +257,7 @@ class Group:
         rows = zip(texts.view(self.size, longest), lengths.tolist(), strict=True)
         return [bytes(row[:n].tolist()).decode() for row, n in rows]
 
-    @property
+    @cached_property  # torch looks the backend up for as long as a small send takes
     def device(self) -> torch.device:
         """Where tensors must be to travel through this group."""
         if self.size > 1 and dist.get_backend(self.process_group) == "nccl":
