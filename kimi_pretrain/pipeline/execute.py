@@ -118,7 +118,7 @@ class _Step:
         self.dispatcher, self.deferral = self.executor.dispatcher, self.executor.deferral
         batches, width = self.work.microbatches, self.model.config.hidden_size
         shapes = [(*batch.tokens.shape, width) for batch in batches]
-        self.mail = Mailbox(self.executor.group, shapes, self.model.dtype)
+        self.mail = Mailbox(self.executor.group, shapes, self.model.dtype, self.schedule.stages)
         self.watch = Watch(self.executor.observe)
         self.shared: dict[int, Microbatch] = {}
         self.loss = torch.zeros(

@@ -154,7 +154,10 @@ def open_run(config: Config, world: World) -> Run:
         ),
         train_step=train_step,
         forward=ForwardPipeline(
-            train_step.model, train_step.dispatcher, world.pp, config.parallel.vpp
+            train_step.model,
+            train_step.dispatcher,
+            world.pp,
+            train_step.executor.schedule.placement,
         ),
         writer=CheckpointWriter(
             directory / "checkpoints",

@@ -205,15 +205,17 @@ def test_a_rank_lost_in_the_middle_of_a_step_is_named_with_what_others_did(hangs
 
 
 def look_as_rank(
-    rank: int, world_size: int, pp: int, vpp: int, dp: int, ep: int
+    rank: int, world_size: int, pp: int, vpp: int, dp: int, ep: int, schedule: str = "k2"
 ) -> tuple[float, dict[str, float], torch.Tensor, list[int]]:
     """Held-out loss, by domain, exact maxima of logits, and a sample, after one step."""
     more = ("model.num_hidden_layers=5", "optimizer.qk_clip_threshold=0.001")
-    config = configuration(dp, ep, *layout(pp, vpp, "k2", *more))
+    config = configuration(dp, ep, *layout(pp, vpp, schedule, *more))
     step = open_step(config, torch.float64)
     world = step.world
     step.run(1, part_of(world), RATE)
-    forward = ForwardPipeline(step.model, step.dispatcher, world.pp, vpp)
+    forward = ForwardPipeline(
+        step.model, step.dispatcher, world.pp, step.executor.schedule.placement
+    )
     rows = batch()
     assert rows.document_ids is not None
     heldout = [  # of unequal sizes, and no multiple of the replicas
@@ -235,12 +237,14 @@ def look_as_rank(
     return found.loss, losses, found.max_logits, ids
 
 
-def test_held_out_loss_and_samples_do_not_depend_on_the_layout() -> None:
-    """Catches a batch that two replicas count, a stage without the last update, and ranks that
-    continue a sample with ids of their own."""
+@pytest.mark.parametrize("schedule", ["k2", "dualpipe_v"])
+def test_held_out_loss_and_samples_do_not_depend_on_the_layout(schedule: str) -> None:
+    """Catches a batch that two replicas count, a stage without the last update, stages looked
+    for where another schedule would place them, and ranks that continue a sample with ids of
+    their own."""
     ((loss, losses, logits, ids),) = run_ranks(1, look_as_rank, 1, 1, 1, 1)
     assert len(ids) == 12
-    for ours in run_ranks(4, look_as_rank, 2, 2, 2, 2):
+    for ours in run_ranks(4, look_as_rank, 2, 2, 2, 2, schedule):
         assert ours[0] == pytest.approx(loss, rel=1e-9)
         assert ours[1] == pytest.approx(losses, rel=1e-9)
         torch.testing.assert_close(ours[2], logits, rtol=1e-9, atol=0.0)

@@ -11,6 +11,7 @@ from kimi_pretrain.model.layer import Layer
 from kimi_pretrain.parallel.collectives import Group
 from kimi_pretrain.parallel.dispatch import LocalDispatcher
 from kimi_pretrain.pipeline.forward import ForwardPipeline
+from kimi_pretrain.pipeline.shape import looped_placement
 from tests.pipeline.one_rank import FLOAT, StandIn, batches, chunks, plain, record, tiny
 
 CONFIG = tiny()
@@ -18,7 +19,8 @@ CONFIG = tiny()
 
 def forward_of(stages: int, mine: tuple[int, ...], group: StandIn) -> ForwardPipeline:
     model = chunks(CONFIG, stages, mine)
-    return ForwardPipeline(model, LocalDispatcher(), cast(Group, group), stages // group.size)
+    placement = looped_placement(group.size, stages // group.size)
+    return ForwardPipeline(model, LocalDispatcher(), cast(Group, group), placement)
 
 
 @pytest.mark.parametrize("vpp", [1, 2, 4])

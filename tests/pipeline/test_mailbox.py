@@ -15,7 +15,7 @@ SHAPES = [(1, 3, 4), (2, 5, 4)]
 
 
 def mailbox(group: StandIn) -> Mailbox:
-    return Mailbox(cast(Group, group), SHAPES, torch.float64)
+    return Mailbox(cast(Group, group), SHAPES, torch.float64, most=2)
 
 
 def test_stages_of_one_rank_hand_over_directly() -> None:
@@ -76,6 +76,27 @@ def test_what_leaves_is_kept_until_it_has_left() -> None:
     assert all(isinstance(handle, Operation) and handle.awaited for handle in handles)
     gc.collect()
     assert kept[1]() is None
+
+
+def test_no_more_leave_at_once_than_may() -> None:
+    """Catches a step, or an evaluation, that keeps every tensor it has sent until its end: gloo's
+    sends are not done before they are awaited."""
+    group = StandIn(0, 2)
+    mail = mailbox(group)
+    kept = []
+    for number in range(5):
+        tensor = torch.zeros(SHAPES[0])
+        kept.append(weakref.ref(tensor))
+        mail.put(("activation", 1, number), tensor)
+        del tensor
+        mail.send(("activation", 1, number), 1)
+        group.sent.clear()
+        gc.collect()
+        assert sum(reference() is not None for reference in kept) == min(number + 1, 2)
+    assert group.log == ["send to 1"] * 3 + ["await send to 1", "send to 1"] * 2 + [
+        "await send to 1"
+    ]
+    mail.close()
 
 
 def test_what_nobody_took_is_an_error() -> None:
