@@ -5,7 +5,8 @@ from pathlib import Path
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.settled import micro_batch_size
-from kimi_pretrain.pipeline.actions import Schedule
+from kimi_pretrain.pipeline.actions import Action, Kind, Schedule
+from kimi_pretrain.pipeline.errors import ScheduleError
 from kimi_pretrain.pipeline.passes import insert_p2p
 from kimi_pretrain.pipeline.schedules import generate, one_f_one_b
 from kimi_pretrain.pipeline.transfers import has_p2p
@@ -63,4 +64,16 @@ def _read(path: Path, config: Config) -> Schedule:
         rule = "its ranks, stages a rank and microbatches are the run's, {} x {} x {}"
         fix = f"parallel.pp={have[0]} parallel.vpp={have[1]} and {have[2]} microbatches"
         raise ConfigError(key, "{} x {} x {}".format(*have), rule.format(*want), fix)
+    verify(schedule)  # before messages are put in: positions are the file's
+    _refuse_offloads(schedule)
     return schedule
+
+
+def _refuse_offloads(schedule: Schedule) -> None:
+    for rank, row in enumerate(schedule.ranks):
+        for position, node in enumerate(row):
+            if isinstance(node, Action) and node.kind in (Kind.OFFLOAD, Kind.PREFETCH):
+                rule = "this version keeps activations on the device"
+                raise ScheduleError(
+                    schedule.name, rank, position, str(node), rule, "leaving offloads out"
+                )
