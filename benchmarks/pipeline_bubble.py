@@ -22,7 +22,7 @@ from torch.distributed.pipelining import PipelineStage, ScheduleInterleaved1F1B
 
 from benchmarks.ranks import run_ranks
 from benchmarks.report_lines import print_header, spread
-from benchmarks.sleeping import Seconds, Shape, Sleeper, SleepingChunk
+from benchmarks.sleeping import Seconds, Shape, Sleeper, SleepingChunk, print_priority, wake_on_time
 from kimi_pretrain.config.schema import ParallelConfig
 from kimi_pretrain.parallel.collectives import Group
 from kimi_pretrain.parallel.dispatch import LocalDispatcher
@@ -87,6 +87,7 @@ def torch_step(
 
 def time_as_rank(seconds: Seconds, rounds: int) -> dict[tuple[str, int, int], list[float]]:
     """Seconds of this rank's steps, by side and case; all take turns in every round."""
+    wake_on_time()
     world = open_world(ParallelConfig(pp=RANKS, timeout_seconds=120.0))
     steps: dict[tuple[str, int, int], Callable[[], Any]] = {}
     for case in CASES:
@@ -124,6 +125,7 @@ def main() -> None:
     one = arguments.milliseconds / 1e3
     seconds = Seconds((one, one, one))
     print_header(f"pipeline bubble, {RANKS} ranks of sleep over gloo", ["torch"])
+    print_priority()
     ranks = run_ranks(RANKS, time_as_rank, seconds, arguments.rounds)
     worst = 0.0
     for vpp, microbatches in CASES:

@@ -5,6 +5,8 @@ else is real: the executor, its autograd graphs, the dispatcher, every byte betw
 are calibrated as they go: what one takes too long, waking up, the next is shorter.
 """
 
+import os
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -206,3 +208,44 @@ class Sleeper:
 
     def step(self) -> None:
         self.executor.run(self.work)
+
+
+def message_seconds(group: Group, shape: Shape, times: int = 20) -> float:
+    """How long a message of ``shape`` takes between the first two ranks of ``group``.
+
+    All its ranks call this together; the median of ``times`` there and back, halved.
+    """
+    tensor, found = torch.zeros(1, shape.tokens, shape.hidden), []
+    for _ in range(times):
+        started = time.perf_counter()
+        if group.index == 0:
+            coming = group.receive(torch.empty_like(tensor), 1)
+            group.send(tensor, 1).wait()
+            coming.wait()
+        elif group.index == 1:
+            coming = group.receive(torch.empty_like(tensor), 0)
+            coming.wait()
+            group.send(tensor, 0).wait()
+        found.append((time.perf_counter() - started) / 2)
+    seconds = torch.tensor([statistics.median(found)])
+    group.broadcast(seconds).wait()
+    return float(seconds)
+
+
+def wake_on_time() -> bool:
+    """Let this rank run as soon as it wakes, other programs or not; whether the machine allows it.
+
+    Ranks that sleep take little of a core, and real-time priority takes it at the right time.
+    """
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    except PermissionError:
+        return False
+    return True
+
+
+def print_priority() -> None:
+    """Say whether the ranks of this benchmark will wake on time."""
+    allowed = wake_on_time()
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    print(f"ranks sleep at {'real-time' if allowed else 'no'} priority", flush=True)
