@@ -13,7 +13,7 @@ _UNITS = ("", "k", "M", "G", "T", "P", "E")
 
 # label -> what stands in a stage's column
 _ROWS: tuple[tuple[str, Callable[[StageReport], str]], ...] = (
-    ("layers", lambda s: _span(*s.layers[0]) if len(s.stages) == 1 else _many_layers(s)),
+    ("layers", lambda s: _layers(s)),
     ("parameters on a rank", lambda s: si(s.parameters)),
     ("  bf16 parameters", lambda s: f"{si(s.parameter_bytes)}B"),
     ("  fp32 gradients", lambda s: f"{si(s.gradient_bytes)}B"),
@@ -119,9 +119,12 @@ def _sent(stage: StageReport) -> float:
     return stage.reduce_scatter_bytes + stage.all_gather_bytes + stage.exchange_bytes_mean
 
 
-def _many_layers(stage: StageReport) -> str:
-    first, last = stage.layers[0]
-    return f"{last - first + 1} each"
+def _layers(stage: StageReport) -> str:
+    """The layers of one rank, of its virtual stages too; of several ranks how many each."""
+    own = stage.layers[: len(stage.layers) // len(stage.stages)]
+    if len(stage.stages) == 1:
+        return ", ".join(_span(first, last) for first, last in own)
+    return f"{sum(last - first + 1 for first, last in own)} each"
 
 
 def _span(first: int, last: int) -> str:
