@@ -4,6 +4,8 @@ Products take their FLOPs over the rate of their kind; what is neither a product
 limited by the GPU's memory and takes its bytes over that. Nothing is measured here.
 """
 
+from collections.abc import Sequence
+
 from kimi_pretrain.config.schema import Config, ModelConfig
 from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.parallel.topology import Topology
@@ -12,7 +14,6 @@ from kimi_pretrain.plan.activations import Setting, layer_kept
 from kimi_pretrain.plan.communication import all_to_all, message
 from kimi_pretrain.plan.flops import head_flops, head_products, layer_flops, recomputed_flops
 from kimi_pretrain.plan.hardware import Hardware
-from kimi_pretrain.plan.run_schedule import RunSchedule
 from kimi_pretrain.plan.shapes import stage_specs
 
 BF16 = 2
@@ -23,8 +24,8 @@ BACKWARD_TRAFFIC = 1.5
 ACCUMULATION_BYTES = 8  # a weight's fp32 gradient is read and written by each product
 
 
-def run_costs(config: Config, run: RunSchedule, hardware: Hardware) -> Costs:
-    """The costs of a run's schedule.
+def run_costs(config: Config, layers: Sequence[range], hardware: Hardware) -> Costs:
+    """The costs of a run's schedule, whose stages hold ``layers``.
 
     The simulator knows one kind of layer. Dense layers on the first stage are counted beside its
     MoE layers; where it has none, or on later stages, they count as MoE layers, which multiply
@@ -39,7 +40,7 @@ def run_costs(config: Config, run: RunSchedule, hardware: Hardware) -> Costs:
     way = sends if any_moe else 0.0
     forward = Phases(forward.attend, way, forward.expert, way)
     backward = Phases(backward.attend, way, backward.expert, way)
-    counts = [len(layers) for layers in run.layers]
+    counts = [len(part) for part in layers]
     first = _embedding(model, tokens, hardware)
     apart = min(model.first_k_dense_replace, counts[0] - 1) if any_moe else 0
     if apart and model.first_k_dense_replace < counts[0]:

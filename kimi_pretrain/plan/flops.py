@@ -46,7 +46,7 @@ class LayerFlops:
 
 
 def layer_flops(model: ModelConfig, moe: bool, sequence_length: int) -> LayerFlops:
-    """Forward FLOPs of a token in a MoE or a dense layer, at its mean context of half a sequence."""
+    """Forward FLOPs of a token in a MoE or a dense layer; it sees half a sequence on average."""
     norms = model.kv_lora_rank + (model.q_lora_rank or 0)
     projections = 2 * (attention_parameters(model) - norms)
     qk_and_v = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
@@ -75,7 +75,7 @@ def head_products(model: ModelConfig, tokens: int) -> int:
     A vocabulary that does not fit a tile with some hundreds of tokens is cut, and its logits are
     computed twice (``ops/linear_cross_entropy.py``, whose constants a test compares).
     """
-    whole = HEAD_TILE_ELEMENTS >= model.vocab_size * min(tokens, HEAD_MIN_TOKENS)
+    whole = model.vocab_size * min(tokens, HEAD_MIN_TOKENS) <= HEAD_TILE_ELEMENTS
     return 3 if whole else 4
 
 

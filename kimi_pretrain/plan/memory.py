@@ -1,5 +1,6 @@
 """What every pipeline rank holds, by component. All ranks of one stage are equal."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -74,13 +75,20 @@ def static_of_layout(report: LayoutReport) -> list[Static]:
     return [by_rank[rank] for rank in sorted(by_rank)]
 
 
-def static_without_padding(config: Config, run: RunSchedule) -> list[Static]:
-    """[pp] the same in closed form, a lower bound within a percent: no layout is made."""
+def static_without_padding(
+    config: Config, layers: Sequence[range], stages: Sequence[Sequence[int]]
+) -> list[Static]:
+    """The same in closed form, a lower bound within a percent: no layout is made.
+
+    Args:
+        config: of the run.
+        layers: of every stage.
+        stages: of each rank that is wanted.
+    """
     topology = Topology.of_config(config.parallel)
     ranks = []
-    for rank in range(topology.pp):
-        held = [run.layers[stage] for stage in run.stages(rank)]
-        specs = [s for part in held for s in stage_specs(config.model, part, topology.ep)]
+    for held in stages:
+        specs = [s for n in held for s in stage_specs(config.model, layers[n], topology.ep)]
         elements = sum(spec.elements for spec in specs)
         state = sum(
             spec.elements

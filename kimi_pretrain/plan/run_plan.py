@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config
@@ -78,7 +79,7 @@ class Plan:
     def messages(self, rank: int) -> int:
         """Activations and gradients that a rank sends its neighbours in a step."""
         placement = self.run.schedule.placement
-        pairs = list(zip(placement, placement[1:], strict=False))
+        pairs = pairwise(placement)
         sent = sum((a == rank) + (b == rank) for a, b in pairs if a != b)
         return sent * self.run.schedule.microbatches
 
@@ -91,8 +92,12 @@ def fits(memory: Sequence[RankMemory], hardware: Hardware) -> bool:
     )
 
 
-def plan_run(config: Config) -> Plan:
+def plan_run(config: Config, run: RunSchedule | None = None) -> Plan:
     """The plan of a run that ``config`` describes, in bf16.
+
+    Args:
+        config: settled.
+        run: its schedule, where it is known already.
 
     Raises:
         ConfigError: facts of the cluster are missing, ranks, batch or schedule do not fit each
@@ -102,7 +107,8 @@ def plan_run(config: Config) -> Plan:
     hardware = Hardware.of(config.cluster)
     topology = Topology.of_config(config.parallel)
     setting = Setting.of(config, micro_batch_size(config))
-    run = run_schedule(config, offloads=setting.offloads)
+    if run is None:
+        run = run_schedule(config, offloads=setting.offloads)
     layout = layout_report(config)
     static = static_of_layout(layout)
     flops, sent = [0.0] * topology.pp, [0.0] * topology.pp
@@ -112,7 +118,7 @@ def plan_run(config: Config) -> Plan:
             sent[rank] = stage.exchange_bytes_most
     experts, dense = parameters_of_ranks(config, run)
     replicas = replication(topology, experts, dense, static, flops, sent, hardware)
-    costs = run_costs(config, run, hardware)
+    costs = run_costs(config, run.layers, hardware)
     return Plan(
         config=config,
         topology=topology,
