@@ -75,8 +75,8 @@ def fit_lines(plan: Plan, short: Shortage | None) -> Iterator[str]:
         yield f"{words}: {' '.join(change.overrides)}"
         more = 100 * (change.gpu_hours - 1)
         yield (
-            f"  {change.total / GB:.1f} GB on {change.gpus:,} GPUs; GPU-hours a token {more:+.0f} %, "
-            "by their bounds"
+            f"  {change.total / GB:.1f} GB on {change.gpus:,} GPUs; GPU-hours a token "
+            f"{more:+.0f} %, by their bounds"
         )
         yield f"  {change.costs}"
 

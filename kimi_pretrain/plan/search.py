@@ -14,7 +14,6 @@ from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import ActivationConfig, Config
 from kimi_pretrain.config.settled import micro_batch_size, settled
 from kimi_pretrain.config.validate import validate_training
-from kimi_pretrain.parallel.topology import Topology
 from kimi_pretrain.plan.activations import Setting, stage_kept
 from kimi_pretrain.plan.bound import most_tokens
 from kimi_pretrain.plan.hardware import Hardware

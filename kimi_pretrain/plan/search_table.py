@@ -36,9 +36,9 @@ def search_lines(found: Found) -> Iterator[str]:
         yield "  " + " ".join(overrides[4:])
     else:
         yield "  none"
-    if found.proved:
+    if found.proved and found.ranked:
         yield "no other layout can be faster: each either fails or has a bound below these"
-    else:
+    if not found.proved:
         yield "time ran out: a layout whose bound is higher may be faster; plan it to know"
     yield f"{len(found.rejected)} others (--json has the reason of each)"
     for kind, words in _KINDS.items():
