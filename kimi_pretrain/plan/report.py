@@ -140,7 +140,8 @@ def _parameters(plan: Plan) -> Iterator[str]:
         ("  active a token, with both", count.active_with_both),
     ):
         yield f"{label:34}{value:>22,}"
-    yield f"{'training FLOPs a token':34}{plan.flops_per_token / 1e9:>20.2f} G"
+    giga = plan.flops_per_token / 1e9
+    yield f"{'training FLOPs a token':34}{giga:>20.{2 if giga >= 1 else 4}f} G"
     share = f"{100 * plan.newton_schulz_share:.2f} % of them"
     yield (
         f"{'training FLOPs a step':34}{plan.step_tokens * plan.flops_per_token:>22.3e}; "
@@ -181,7 +182,9 @@ def _sent(plan: Plan) -> Iterator[str]:
     yield f"{'a rank sends in a step':34}{'NVLink':>12}{'RDMA':>12}   overlaps"
     pairs = "under the other microbatch" if _overlaps(plan) else "nothing: no pairs"
     yield _line("ep: all-to-all", a2a.times(plan.all_to_alls(busiest)), pairs)
-    yield _line("pp: activations, gradients", messages.times(plan.messages(rank)), "other nodes")
+    if plan.topology.pp > 1:
+        way = messages.times(plan.messages(rank))
+        yield _line("pp: activations, gradients", way, "other actions")
     yield _line("dp: reduce-scatter, fp32", replica.reduce_scatter, "the last backwards")
     yield _line("dp: all-gather, bf16", replica.all_gather, "the next forwards")
     yield _line("dp: Muon's exchange, most", replica.exchange, "nothing")
@@ -218,12 +221,20 @@ def _time(plan: Plan) -> Iterator[str]:
 def _speed(plan: Plan, budget: float) -> Iterator[str]:
     hours = plan.gpu_hours(budget)
     days = hours / plan.topology.world / 24
+    trillion = _number(plan.gpu_hours(1e12))
     yield (
         f"{plan.tokens_per_gpu_second:,.0f} tokens/s/GPU; MFU {plan.mfu:.3f} of "
-        f"{si(plan.hardware.peak)}FLOP/s; {plan.gpu_hours(1e12):,.0f} GPU-hours a trillion tokens"
+        f"{si(plan.hardware.peak)}FLOP/s; {trillion} GPU-hours a trillion tokens"
     )
     unit = "" if si(budget).endswith(" ") else " "
-    yield f"{si(budget)}{unit}tokens: {hours:,.0f} GPU-hours, {days:,.1f} days without a stop"
+    yield (
+        f"{si(budget)}{unit}tokens: {_number(hours)} GPU-hours, {_number(days)} days without a stop"
+    )
+
+
+def _number(value: float) -> str:
+    """Whole where it is large, else three digits."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _overlaps(plan: Plan) -> bool:

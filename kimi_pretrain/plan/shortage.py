@@ -14,6 +14,8 @@ from kimi_pretrain.plan.memory import COMPONENTS, RankMemory, rank_memory, stati
 from kimi_pretrain.plan.run_plan import Plan, fits
 from kimi_pretrain.plan.run_schedule import run_schedule
 
+NEAR = 1.1  # GPU-hours that differ by less than this are about the same
+
 
 @dataclass(frozen=True)
 class Change:
@@ -66,7 +68,7 @@ def cheapest_changes(config: Config) -> tuple[Change, ...]:
     """The change that makes a run fit for the fewest GPU-hours, and that on no more GPUs.
 
     Pairs of changes are tried where no single one fits, or none does on the same GPUs. GPU-hours
-    are compared by what a run takes at least (``bound``), to within 5 %; then fewer GPUs win.
+    are compared by what a run takes at least (``bound``); within 10 % fewer GPUs win.
     """
     hardware = Hardware.of(config.cluster)
     before = most_tokens(config, hardware)
@@ -82,14 +84,18 @@ def cheapest_changes(config: Config) -> tuple[Change, ...]:
     if not found:
         return ()
 
-    def cost(change: Change) -> tuple[float, int]:
-        return round(change.gpu_hours / 0.05), change.gpus
-
-    cheapest = min(found, key=cost)
+    cheapest = _cheapest(found)
     same = [change for change in found if change.gpus <= world]
     if cheapest.gpus <= world or not same:
         return (cheapest,)
-    return cheapest, min(same, key=cost)
+    return cheapest, _cheapest(same)
+
+
+def _cheapest(changes: Sequence[Change]) -> Change:
+    """The fewest GPUs among those that take about the fewest GPU-hours."""
+    least = min(change.gpu_hours for change in changes)
+    near = [change for change in changes if change.gpu_hours <= NEAR * least]
+    return min(near, key=lambda change: (change.gpus, change.gpu_hours))
 
 
 def _fitting(
