@@ -184,12 +184,39 @@ class ActivationConfig:
 
 
 @dataclass
+class EfficiencyConfig:
+    """Assumed shares of a peak that a training step reaches (docs/plan.md has their sources)."""
+
+    matmul: float = 0.72  # of peak_flops: dense projections, the head, Newton-Schulz
+    grouped_matmul: float = 0.62  # of peak_flops: routed experts, about a thousand rows each
+    attention: float = 0.50  # of peak_flops: scores and values of causal attention
+    memory: float = 0.80  # of memory_bandwidth: norms, SwiGLU, rotations, permutations
+    nvlink: float = 0.80  # of nvlink_bandwidth
+    rdma: float = 0.85  # of nic_bandwidth
+    host: float = 0.80  # of host_bandwidth
+
+
+@dataclass
 class ClusterConfig:
-    """Facts about the machine. Peaks in FLOP/s; null means: measure a matmul at start."""
+    """Facts about the machine; a bandwidth is bytes a second in one direction.
+
+    `peak_flops` null means: a run measures a matmul at start. `plan` needs all of them.
+    """
 
     name: str = MISSING
-    peak_flops: float | None = None
+    peak_flops: float | None = None  # dense bf16 FLOP/s of a GPU
     source: str = ""
+    memory_bytes: float | None = None  # of a GPU
+    memory_bandwidth: float | None = None  # of a GPU's memory
+    gpus_per_node: int = 8
+    nvlink_bandwidth: float | None = None  # of a GPU to the others of its node
+    nics_per_node: int = 8
+    nic_bandwidth: float | None = None  # of one NIC
+    host_memory_bytes: float | None = None  # of a node
+    host_bandwidth: float | None = None  # of a GPU to its host's memory
+    reserved_bytes: float = 3.0e9  # CUDA context, NCCL's buffers, workspaces of libraries
+    fragmentation: float = 0.05  # of what is allocated anew every step
+    efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
 
 
 @dataclass

@@ -5,8 +5,16 @@ here: six operations a matmul parameter and token (forward, dX, dW), and causal
 attention at half of the full score matrix.
 """
 
+from dataclasses import dataclass
+
 from kimi_pretrain.config.schema import ModelConfig
-from kimi_pretrain.plan.parameters import count_parameters
+from kimi_pretrain.optim.ownership import newton_schulz_flops
+from kimi_pretrain.plan.parameters import attention_parameters, count_parameters
+from kimi_pretrain.plan.shapes import stage_specs
+
+# Of ops/linear_cross_entropy.py, which imports torch; a test holds them against each other.
+HEAD_TILE_ELEMENTS = 2**22
+HEAD_MIN_TOKENS = 256
 
 
 def training_flops_per_token(model: ModelConfig, sequence_length: int) -> int:
@@ -20,3 +28,92 @@ def training_flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     # scores and values: 2 FLOPs a multiply-add, S/2 keys on average, 3 x for forward and backward
     attention = 3 * model.num_hidden_layers * model.num_attention_heads * qk_and_v * sequence_length
     return linear + attention
+
+
+@dataclass(frozen=True)
+class LayerFlops:
+    """FLOPs of one token's forward through one layer, by what limits their speed."""
+
+    projections: int  # of attention, and the router
+    attention: int  # scores and values, causal
+    dense: int  # dense MLP or shared expert
+    routed: int  # the experts that the token chose
+
+    @property
+    def matrices(self) -> int:
+        """All but attention: what the input's and the weights' gradients cost again each."""
+        return self.projections + self.dense + self.routed
+
+
+def layer_flops(model: ModelConfig, moe: bool, sequence_length: int) -> LayerFlops:
+    """Forward FLOPs of a token in a MoE or a dense layer; it sees half a sequence on average."""
+    norms = model.kv_lora_rank + (model.q_lora_rank or 0)
+    projections = 2 * (attention_parameters(model) - norms)
+    qk_and_v = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
+    attention = model.num_attention_heads * qk_and_v * sequence_length
+    if not moe:
+        dense = 6 * model.hidden_size * model.intermediate_size
+        return LayerFlops(projections, attention, dense, 0)
+    expert = 6 * model.hidden_size * model.moe_intermediate_size
+    router = 2 * model.hidden_size * model.n_routed_experts
+    return LayerFlops(
+        projections + router,
+        attention,
+        model.n_shared_experts * expert,
+        model.num_experts_per_tok * expert,
+    )
+
+
+def head_flops(model: ModelConfig) -> int:
+    """FLOPs of one product of a token's hidden state with the output head."""
+    return 2 * model.hidden_size * model.vocab_size
+
+
+def head_products(model: ModelConfig, tokens: int) -> int:
+    """How often a forward with loss multiplies by the head: logits, both gradients.
+
+    A vocabulary that does not fit a tile with some hundreds of tokens is cut, and its logits are
+    computed twice (``ops/linear_cross_entropy.py``, whose constants a test compares).
+    """
+    whole = model.vocab_size * min(tokens, HEAD_MIN_TOKENS) <= HEAD_TILE_ELEMENTS
+    return 3 if whole else 4
+
+
+def recomputed_flops(model: ModelConfig, moe: bool) -> int:
+    """FLOPs a token and layer that K2's selective recomputation adds: q_b, kv_b, down-projections.
+
+    Of a dense layer the up-projections of attention only; K2's 61 layers give 19.18e9.
+    """
+    heads = model.num_attention_heads
+    q = model.qk_nope_head_dim + model.qk_rope_head_dim
+    up = model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim)
+    up += (model.q_lora_rank or 0) * heads * q
+    experts = model.num_experts_per_tok + model.n_shared_experts
+    down = experts * model.moe_intermediate_size * model.hidden_size
+    return 2 * (up + down * moe)
+
+
+def newton_schulz_flops_per_step(model: ModelConfig, steps: int = 5) -> int:
+    """FLOPs of orthogonalising every Muon matrix of the model once."""
+    specs = stage_specs(model, range(model.num_hidden_layers))
+    return steps * sum(
+        spec.elements // (rows * cols) * newton_schulz_flops(rows, cols)
+        for spec in specs
+        if spec.muon
+        for rows, cols in [spec.matrix]
+    )
+
+
+def inference_flops_per_token(model: ModelConfig, context: int, heads: int | None = None) -> int:
+    """FLOPs of generating a token after ``context`` tokens: all active parameters, and attention.
+
+    Args:
+        model: whose parameters count, both embeddings included.
+        context: keys that the token sees.
+        heads: of attention, its projections held as they are; None: the model's. K2's report
+            compares 128 with 64 (arXiv 2507.20534, section 2.3).
+    """
+    qk_and_v = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
+    count = heads or model.num_attention_heads
+    attention = 2 * model.num_hidden_layers * count * qk_and_v * context
+    return 2 * count_parameters(model).active_with_both + attention

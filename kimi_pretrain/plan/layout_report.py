@@ -5,6 +5,7 @@ Parameters are counted in bf16, gradients and state in fp32, bytes sent over all
 """
 
 from dataclasses import dataclass
+from itertools import chain
 
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config
@@ -12,6 +13,7 @@ from kimi_pretrain.optim.buckets import Bucket, Layout, Spec
 from kimi_pretrain.optim.layout import plan_layout
 from kimi_pretrain.optim.ownership import newton_schulz_flops, work
 from kimi_pretrain.parallel.topology import Topology
+from kimi_pretrain.plan.run_schedule import rank_stages
 from kimi_pretrain.plan.shapes import stage_specs
 from kimi_pretrain.plan.stages import split_layers
 
@@ -48,13 +50,13 @@ class Work:
 
 @dataclass(frozen=True)
 class StageReport:
-    """One pipeline stage, or several that differ in their layers' numbers only.
+    """One pipeline rank's stages, or those of several that differ in their layers' numbers only.
 
     Bytes and elements are of one rank, all ranks of a stage being equal but for ``exchange``.
     """
 
-    stages: tuple[int, ...]
-    layers: tuple[tuple[int, int], ...]  # first and last of each stage
+    stages: tuple[int, ...]  # pipeline ranks; with one stage a rank, their stages
+    layers: tuple[tuple[int, int], ...]  # first and last of each stage, rank by rank
     parameters: int  # elements on a rank, padding left out
     stage_parameters: int  # elements of the stage, each expert and replica once
     parameter_bytes: int
@@ -113,30 +115,29 @@ def layout_report(config: Config) -> LayoutReport:
     """The report of a run that ``config`` describes.
 
     Raises:
-        ConfigError: ranks that do not fit each other or the model, virtual stages, or another
-            optimizer than MuonClip.
+        ConfigError: ranks that do not fit each other or the model, or another optimizer than
+            MuonClip.
     """
     parallel = config.parallel
     if config.optimizer.name != "muonclip":
         rule = "this layout is MuonClip's"
         raise ConfigError("optimizer.name", config.optimizer.name, rule, "optimizer=muonclip")
-    if parallel.vpp != 1:
-        rule = "the layout of virtual stages is not planned"
-        raise ConfigError("parallel.vpp", parallel.vpp, rule, "parallel.vpp=1")
     topology = Topology.of_config(parallel)
-    # Stages of the same shapes have the same layout but for names.
-    alike: dict[tuple[object, ...], list[tuple[int, range, list[Spec]]]] = {}
-    for stage, layers in enumerate(split_layers(config.model, parallel)):
-        specs = stage_specs(config.model, layers, parallel.ep)
+    layers = split_layers(config.model, parallel)
+    # Ranks of the same shapes have the same layout but for names.
+    alike: dict[tuple[object, ...], list[tuple[int, list[range], list[Spec]]]] = {}
+    for rank, stages in enumerate(rank_stages(config)):
+        held = [layers[stage] for stage in stages]
+        specs = [spec for part in held for spec in stage_specs(config.model, part, parallel.ep)]
         key = tuple((spec.shape, spec.muon, spec.expert) for spec in specs)
-        alike.setdefault(key, []).append((stage, layers, specs))
+        alike.setdefault(key, []).append((rank, held, specs))
     reports = []
     for same in alike.values():
-        stages, ranges, (specs, *_) = zip(*same, strict=True)
+        ranks, ranges, (specs, *_) = zip(*same, strict=True)
         layout = plan_layout(
             specs, topology.edp, topology.ep, parallel.dense_sharding, parallel.bucket_elements
         )
-        reports.append(_stage_report(stages, ranges, layout))
+        reports.append(_stage_report(ranks, tuple(chain(*ranges)), layout))
     return LayoutReport(config.model.name, topology, tuple(reports))
 
 

@@ -13,7 +13,7 @@ _UNITS = ("", "k", "M", "G", "T", "P", "E")
 
 # label -> what stands in a stage's column
 _ROWS: tuple[tuple[str, Callable[[StageReport], str]], ...] = (
-    ("layers", lambda s: _span(*s.layers[0]) if len(s.stages) == 1 else _many_layers(s)),
+    ("layers", lambda s: _layers(s)),  # noqa: PLW0108 - it stands below
     ("parameters on a rank", lambda s: si(s.parameters)),
     ("  bf16 parameters", lambda s: f"{si(s.parameter_bytes)}B"),
     ("  fp32 gradients", lambda s: f"{si(s.gradient_bytes)}B"),
@@ -87,7 +87,7 @@ def _table(report: LayoutReport, stages: tuple[StageReport, ...]) -> Iterator[st
     def line(label: str, cells: Iterator[str]) -> str:
         return label.ljust(_LABEL) + "".join(cell.strip().rjust(_CELL) for cell in cells)
 
-    yield line("", (_stages(s.stages) for s in stages))
+    yield line("", (_stages(s) for s in stages))
     for label, cell in _ROWS:
         yield line(label, (cell(s) for s in stages))
     busiest = report.newton_schulz.most
@@ -119,20 +119,25 @@ def _sent(stage: StageReport) -> float:
     return stage.reduce_scatter_bytes + stage.all_gather_bytes + stage.exchange_bytes_mean
 
 
-def _many_layers(stage: StageReport) -> str:
-    first, last = stage.layers[0]
-    return f"{last - first + 1} each"
+def _layers(stage: StageReport) -> str:
+    """The layers of one rank, of its virtual stages too; of several ranks how many each."""
+    own = stage.layers[: len(stage.layers) // len(stage.stages)]
+    if len(stage.stages) == 1:
+        return ", ".join(_span(first, last) for first, last in own)
+    return f"{sum(last - first + 1 for first, last in own)} each"
 
 
 def _span(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
 
 
-def _stages(numbers: tuple[int, ...]) -> str:
+def _stages(stage: StageReport) -> str:
+    numbers = stage.stages
+    word = "stage" if len(stage.layers) == len(numbers) else "rank"
     if len(numbers) == 1:
-        return f"stage {numbers[0]}"
+        return f"{word} {numbers[0]}"
     whole = numbers[-1] - numbers[0] + 1 == len(numbers)
-    return f"stages {_span(numbers[0], numbers[-1])}" if whole else f"{len(numbers)} stages"
+    return f"{word}s {_span(numbers[0], numbers[-1])}" if whole else f"{len(numbers)} {word}s"
 
 
 def _matrix(owned: Owned) -> str:

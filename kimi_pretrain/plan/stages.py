@@ -1,6 +1,7 @@
 """Which layers a pipeline stage holds."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from math import inf
 
 from kimi_pretrain.config.errors import ConfigError
@@ -43,12 +44,17 @@ def split_layers(model: ModelConfig, parallel: ParallelConfig) -> list[range]:
     ]
     time = sum(layer[0] for layer in layers) + vocabulary
     memory = sum(layer[1] for layer in layers) + 2 * vocabulary
-    return balanced_layers(
-        [max(layer[0] / time, layer[1] / memory) for layer in layers],
-        stages,
-        first_extra=vocabulary / memory,
-        last_extra=max(vocabulary / time, vocabulary / memory),
-    )
+    costs = tuple(max(layer[0] / time, layer[1] / memory) for layer in layers)
+    last = max(vocabulary / time, vocabulary / memory)
+    return list(_balanced(costs, stages, vocabulary / memory, last))
+
+
+@cache
+def _balanced(
+    costs: tuple[float, ...], stages: int, first: float, last: float
+) -> tuple[range, ...]:
+    """``balanced_layers``, once for all the layouts that a search tries."""
+    return tuple(balanced_layers(costs, stages, first, last))
 
 
 def stage_layers(layers: int, stages: int) -> list[range]:

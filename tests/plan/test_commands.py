@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,11 +24,33 @@ def test_layout_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["dp"] == 2
 
 
-def test_a_plan_of_k2_needs_no_torch() -> None:
+def test_plan_prints_and_writes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Catches a page that is not written, and a budget that does not reach the plan."""
+    page = tmp_path / "plan.html"
+    assert main(["plan", "cluster=cpu", "--tokens", "2M", "--html", str(page)]) == 0
+    assert "2 M tokens" in capsys.readouterr().out
+    assert page.read_text().startswith("<!doctype html>")
+    assert main(["plan", "--json", "cluster=cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["cluster"] == "cpu"
+
+
+def test_search_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches flags of the search that are taken for overrides."""
+    search = ["plan", "search", "--gpus", "2", "--top", "1", "cluster=cpu"]
+    assert main(search) == 0
+    assert "the first as overrides:" in capsys.readouterr().out
+    assert main([*search, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["ranked"]) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["layout", *K2], ["experiment=k2_1t_h800_2048"]], ids=["layout", "plan"]
+)
+def test_a_plan_of_k2_needs_no_torch(arguments: list[str]) -> None:
     """Catches a plan that waits for torch, or that takes longer than one waits."""
     program = (
         "import sys; from kimi_pretrain.cli import main;"
-        f"code = main({['plan', 'layout', *K2]!r});"
+        f"code = main({['plan', *arguments]!r});"
         "sys.exit(99 if 'torch' in sys.modules else code)"
     )
     done = subprocess.run(
@@ -43,8 +66,14 @@ def test_a_plan_of_k2_needs_no_torch() -> None:
         (["layout", "paralel.pp=4"], "parallel.pp"),
         (["layout", "model=k3"], "model="),
         (["layout", "--jsn"], "usage"),
-        (["layot"], "usage"),
-        ([], "usage"),
+        (["layot"], "KEY=VALUE"),
+        ([], "cluster=h800"),
+        (["cluster=h900"], "cluster="),
+        (["cluster=h800", "--tokens", "many"], "--tokens 15.5T"),
+        (["cluster=h800", "--html", "/no/such/folder/plan.html"], "--html"),
+        (["cluster=h800", "--htm", "x"], "usage"),
+        (["search", "cluster=h800"], "usage"),
+        (["search", "--gpus", "0", "cluster=h800"], "--gpus"),
     ],
 )
 def test_bad_input_ends_with_code_2(

@@ -1,0 +1,135 @@
+"""Seconds of every phase of a layer on a GPU: the simulator's costs, from shapes.
+
+Products take their FLOPs over the rate of their kind; what is neither a product nor attention is
+limited by the GPU's memory and takes its bytes over that. Nothing is measured here.
+"""
+
+from collections.abc import Sequence
+
+from kimi_pretrain.config.schema import Config, ModelConfig
+from kimi_pretrain.config.settled import micro_batch_size
+from kimi_pretrain.parallel.topology import Topology
+from kimi_pretrain.pipeline.costs import Costs, Extra, Phases
+from kimi_pretrain.plan.activations import Setting, layer_kept
+from kimi_pretrain.plan.communication import all_to_all, message
+from kimi_pretrain.plan.flops import head_flops, head_products, layer_flops, recomputed_flops
+from kimi_pretrain.plan.hardware import Hardware
+from kimi_pretrain.plan.shapes import stage_specs
+
+BF16 = 2
+# The backward of attention computes the scores again: 5 products where the forward has 2.
+ATTENTION_BACKWARD = 2.5
+# A backward of what memory limits reads the forward's input and the gradient, writes another.
+BACKWARD_TRAFFIC = 1.5
+ACCUMULATION_BYTES = 8  # a weight's fp32 gradient is read and written by each product
+
+
+def run_costs(config: Config, layers: Sequence[range], hardware: Hardware) -> Costs:
+    """The costs of a run's schedule, whose stages hold ``layers``.
+
+    The simulator knows one kind of layer. Dense layers on the first stage are counted beside its
+    MoE layers; where it has none, or on later stages, they count as MoE layers, which multiply
+    about as much and send more.
+    """
+    topology = Topology.of_config(config.parallel)
+    setting = Setting.of(config, micro_batch_size(config))
+    model, tokens = config.model, setting.tokens
+    sends = all_to_all(config, topology, hardware, tokens).seconds(hardware)
+    any_moe = model.first_k_dense_replace < model.num_hidden_layers
+    forward, backward, weight = _layer(config, setting, any_moe, hardware)
+    way = sends if any_moe else 0.0
+    forward = Phases(forward.attend, way, forward.expert, way)
+    backward = Phases(backward.attend, way, backward.expert, way)
+    counts = [len(part) for part in layers]
+    first = _embedding(model, tokens, hardware)
+    apart = min(model.first_k_dense_replace, counts[0] - 1) if any_moe else 0
+    if apart and model.first_k_dense_replace < counts[0]:
+        phases = _layer(config, setting, False, hardware)
+        counts[0] -= apart
+        first = Extra(
+            *(
+                was + apart * phase.compute
+                for was, phase in zip(
+                    (first.forward, first.backward, first.weight), phases, strict=True
+                )
+            )
+        )
+    copies = 0.0
+    if setting.offloads:
+        copies = tokens * sum(layer_kept(setting, any_moe).values()) / hardware.host
+    return Costs(
+        layers=tuple(counts),
+        forward=forward,
+        backward=backward,
+        weight=weight,
+        first=first,
+        last=_head(model, tokens, hardware),
+        p2p=message(config, topology, hardware, tokens).seconds(hardware),
+        offload=copies,
+        prefetch=copies,
+    )
+
+
+def _layer(
+    config: Config, setting: Setting, moe: bool, hardware: Hardware
+) -> tuple[Phases, Phases, Phases]:
+    """Compute seconds of forward, input gradients and weight gradients of one microbatch."""
+    model, tokens = config.model, setting.tokens
+    flops = layer_flops(model, moe, setting.sequence)
+    around, inside = _traffic(model, moe)
+    projections = tokens * flops.projections / hardware.matmul
+    attention = tokens * flops.attention / hardware.attention
+    products = tokens * (flops.dense / hardware.matmul + flops.routed / hardware.grouped_matmul)
+    outer, inner = tokens * around / hardware.memory, tokens * inside / hardware.memory
+    again = tokens * recomputed_flops(model, moe) / hardware.matmul if setting.offloads else 0.0
+    outside, experts = _weights(model, moe, config.parallel.ep)
+    return (
+        Phases(attend=projections + attention + outer, expert=products + inner),
+        Phases(
+            attend=projections + ATTENTION_BACKWARD * attention + BACKWARD_TRAFFIC * outer,
+            expert=products + BACKWARD_TRAFFIC * inner + again,
+        ),
+        Phases(
+            attend=max(projections, ACCUMULATION_BYTES * outside / hardware.memory),
+            expert=max(products, ACCUMULATION_BYTES * experts / hardware.memory),
+        ),
+    )
+
+
+def _traffic(model: ModelConfig, moe: bool) -> tuple[float, float]:
+    """Bytes a token that a forward reads and writes outside products: around experts, inside."""
+    heads, hidden = model.num_attention_heads, model.hidden_size
+    q = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
+    kv = heads * (model.qk_nope_head_dim + model.v_head_dim)
+    latents = model.kv_lora_rank + (model.q_lora_rank or 0)
+    around = 2 * 2 * hidden + 2 * 3 * hidden  # two norms; two sums
+    around += 2 * latents + 2 * (q + kv)  # inner norms; rotation and sharing of heads
+    if not moe:
+        return BF16 * around, BF16 * 3 * model.intermediate_size
+    rows = model.num_experts_per_tok * hidden
+    around += 2 * rows + rows + hidden  # taken out, brought back
+    around += 2 * hidden + 3 * model.n_routed_experts  # the router's fp32 input and scores
+    both = model.num_experts_per_tok + model.n_shared_experts
+    inside = 3 * both * model.moe_intermediate_size + 2 * rows  # SwiGLU; arrival to expert order
+    return BF16 * around, BF16 * inside
+
+
+def _weights(model: ModelConfig, moe: bool, ep: int) -> tuple[int, int]:
+    """Elements of one layer's weights on a rank: outside and inside the expert phase."""
+    layer = model.num_hidden_layers - 1 if moe else 0
+    specs = [s for s in stage_specs(model, range(layer, layer + 1), ep) if ".mlp." in s.name]
+    inside = sum(spec.elements for spec in specs if ".mlp.gate." not in spec.name)
+    whole = [s for s in stage_specs(model, range(layer, layer + 1), ep) if ".layers." in s.name]
+    return sum(spec.elements for spec in whole) - inside, inside
+
+
+def _embedding(model: ModelConfig, tokens: int, hardware: Hardware) -> Extra:
+    row = tokens * model.hidden_size / hardware.memory
+    return Extra(forward=2 * BF16 * row, weight=(BF16 + ACCUMULATION_BYTES) * row)
+
+
+def _head(model: ModelConfig, tokens: int, hardware: Hardware) -> Extra:
+    """The loss computes both gradients in its forward; a backward scales and accumulates them."""
+    products = head_products(model, tokens) * tokens * head_flops(model) / hardware.matmul
+    matrix = model.vocab_size * model.hidden_size / hardware.memory
+    return Extra(forward=products, backward=(2 * BF16 + ACCUMULATION_BYTES) * matrix)

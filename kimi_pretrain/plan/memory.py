@@ -1,0 +1,165 @@
+"""What every pipeline rank holds, by component. All ranks of one stage are equal."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from kimi_pretrain.config.schema import Config
+from kimi_pretrain.config.settled import micro_batch_size
+from kimi_pretrain.optim.who import uses_muon
+from kimi_pretrain.parallel.topology import Topology
+from kimi_pretrain.pipeline.actions import Kind, Overlap, leaves
+from kimi_pretrain.plan.activations import Setting, gradients_until_w, stage_kept
+from kimi_pretrain.plan.communication import ROW_BYTES
+from kimi_pretrain.plan.hardware import Hardware
+from kimi_pretrain.plan.in_flight import most_held
+from kimi_pretrain.plan.layout_report import (
+    GRADIENT_BYTES,
+    PARAMETER_BYTES,
+    STATE_BYTES,
+    LayoutReport,
+)
+from kimi_pretrain.plan.run_schedule import RunSchedule
+from kimi_pretrain.plan.shapes import stage_specs
+
+COMPONENTS = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "weight_gradients",
+    "communication",
+    "reserved",
+    "fragmentation",
+)
+
+
+@dataclass(frozen=True)
+class Static:
+    """Bytes that a rank holds whatever it computes."""
+
+    parameters: float  # bf16
+    gradients: float  # fp32
+    optimizer: float  # ZeRO-1: fp32 master and moments
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank; see ``COMPONENTS``."""
+
+    rank: int  # of the pipeline
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float  # what forwards keep for backwards, at its most
+    weight_gradients: float  # what waits between I and W, or within one layer's backward
+    communication: float  # rows, activations and gradients on their way
+    reserved: float  # CUDA, NCCL, libraries
+    fragmentation: float
+    microbatches: int  # (stage, microbatch) kept on the device at its most
+    tags: dict[str, float]  # of one microbatch on all of the rank's stages
+    host: float  # offloaded activations
+
+    @property
+    def total(self) -> float:
+        return float(sum(getattr(self, name) for name in COMPONENTS))
+
+
+def static_of_layout(report: LayoutReport) -> list[Static]:
+    """[pp] as the optimizer lays it out, padding included."""
+    by_rank = {
+        rank: Static(s.parameter_bytes, s.gradient_bytes, s.state_bytes)
+        for s in report.stages
+        for rank in s.stages
+    }
+    return [by_rank[rank] for rank in sorted(by_rank)]
+
+
+def static_without_padding(
+    config: Config, layers: Sequence[range], stages: Sequence[Sequence[int]]
+) -> list[Static]:
+    """The same in closed form, a lower bound within a percent: no layout is made.
+
+    Args:
+        config: of the run.
+        layers: of every stage.
+        stages: of each rank that is wanted.
+    """
+    topology = Topology.of_config(config.parallel)
+    ranks = []
+    for held in stages:
+        specs = [s for n in held for s in stage_specs(config.model, layers[n], topology.ep)]
+        elements = sum(spec.elements for spec in specs)
+        state = sum(
+            spec.elements
+            * STATE_BYTES["aligned" if uses_muon(spec.name, len(spec.shape)) else "adamw"]
+            / (topology.edp if spec.expert else topology.dp)
+            for spec in specs
+        )
+        ranks.append(Static(PARAMETER_BYTES * elements, GRADIENT_BYTES * elements, state))
+    return ranks
+
+
+def rank_memory(
+    config: Config, run: RunSchedule, static: list[Static], hardware: Hardware
+) -> list[RankMemory]:
+    """[pp] what each rank holds.
+
+    Args:
+        config: settled.
+        run: its schedule, with offloads where the policy offloads.
+        static: of every rank.
+        hardware: allowances.
+
+    Raises:
+        ConfigError: an unknown activation policy.
+    """
+    setting = Setting.of(config, micro_batch_size(config))
+    kept = [stage_kept(setting, layers) for layers in run.layers]
+    sizes = [sum(tags.values()) for tags in kept]
+    ranks = []
+    for rank, fixed in enumerate(static):
+        stages = run.stages(rank)
+        held = most_held(run.schedule, rank, sizes)
+        tags: dict[str, float] = {}
+        for stage in stages:
+            for tag, size in kept[stage].items():
+                tags[tag] = tags.get(tag, 0.0) + size
+        waiting = max(_waiting(setting, run, stage, rank) for stage in stages)
+        flying = _flying(config, setting, run, rank)
+        moving = held.device + waiting + flying
+        ranks.append(
+            RankMemory(
+                rank=rank,
+                parameters=fixed.parameters,
+                gradients=fixed.gradients,
+                optimizer=fixed.optimizer,
+                activations=held.device,
+                weight_gradients=waiting,
+                communication=flying,
+                reserved=hardware.reserved_bytes,
+                fragmentation=hardware.fragmentation * moving,
+                microbatches=held.microbatches,
+                tags=tags,
+                host=held.host,
+            )
+        )
+    return ranks
+
+
+def _waiting(setting: Setting, run: RunSchedule, stage: int, rank: int) -> float:
+    """Of a stage where a W follows its I, else of one layer: its own are done as it goes."""
+    whole = gradients_until_w(setting, run.layers[stage])
+    row = run.schedule.ranks[rank]
+    split = any(leaf.kind is Kind.W for node in row for leaf in leaves(node))
+    return whole if split else whole / len(run.layers[stage])
+
+
+def _flying(config: Config, setting: Setting, run: RunSchedule, rank: int) -> float:
+    """Rows sent and arriving, twice where pairs overlap; messages both ways; a bucket's sums."""
+    width, parallel = ROW_BYTES * config.model.hidden_size, config.parallel
+    pairs = any(isinstance(node, Overlap) for node in run.schedule.ranks[rank])
+    rows = 2 * (1 + pairs) * config.model.num_experts_per_tok * (parallel.ep > 1)
+    messages = 4 * (parallel.pp > 1)  # one each way, sent and received
+    shards = GRADIENT_BYTES * ceil(parallel.bucket_elements) * (parallel.dp > 1)
+    return float(setting.tokens * width * (rows + messages) + shards)

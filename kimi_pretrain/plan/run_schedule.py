@@ -1,0 +1,86 @@
+"""The schedule that a run of a configuration follows, and where its stages lie."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.config.schema import ActivationConfig, Config
+from kimi_pretrain.config.settled import micro_batch_size
+from kimi_pretrain.config.validate import validate_training
+from kimi_pretrain.pipeline.actions import Schedule
+from kimi_pretrain.pipeline.passes import insert_offload, insert_p2p
+from kimi_pretrain.pipeline.schedules import generate, one_f_one_b
+from kimi_pretrain.pipeline.shape import looped_placement, v_placement
+from kimi_pretrain.pipeline.transfers import has_p2p
+from kimi_pretrain.plan.stages import split_layers
+
+
+@dataclass(frozen=True)
+class RunSchedule:
+    """A step's schedule with everything that depends on the number of its stages."""
+
+    schedule: Schedule  # with messages, and offloads where the policy wants them
+    layers: tuple[range, ...]  # [pp x vpp] of every stage
+
+    def stages(self, rank: int) -> list[int]:
+        """The stages of a pipeline rank, in order."""
+        return [s for s, place in enumerate(self.schedule.placement) if place == rank]
+
+
+def run_schedule(config: Config, *, offloads: bool = False) -> RunSchedule:
+    """What ``train`` would follow with ``config``.
+
+    Args:
+        config: settled.
+        offloads: activations leave the device and come back.
+
+    Raises:
+        ConfigError: a batch that does not divide, more stages than layers, or no such schedule.
+    """
+    # Policies that no run has yet can be planned.
+    validate_training(replace(config, activation=ActivationConfig()))
+    parallel = config.parallel
+    layers = split_layers(config.model, parallel)
+    microbatches = microbatches_of(config)
+    if parallel.schedule_file is not None:
+        schedule = _read(Path(parallel.schedule_file))
+        shape = schedule.pp, schedule.vpp, schedule.microbatches
+        wanted = parallel.pp, parallel.vpp, microbatches
+        if shape != wanted:
+            rule = "its ranks, stages a rank and microbatches are the run's, {} x {} x {}"
+            fix = "parallel.pp={} parallel.vpp={} and {} microbatches".format(*shape)
+            given = "{} x {} x {}".format(*shape)
+            raise ConfigError("parallel.schedule_file", given, rule.format(*wanted), fix)
+    elif parallel.schedule == "none":
+        schedule = one_f_one_b(1, 1, microbatches)
+    else:
+        schedule = generate(parallel.schedule, parallel.pp, parallel.vpp, microbatches)
+    if not has_p2p(schedule):
+        schedule = insert_p2p(schedule)
+    return RunSchedule(insert_offload(schedule) if offloads else schedule, tuple(layers))
+
+
+def microbatches_of(config: Config) -> int:
+    """Microbatches of one replica in one step."""
+    return config.schedule.global_batch_size // (micro_batch_size(config) * config.parallel.dp)
+
+
+def rank_stages(config: Config) -> list[list[int]]:
+    """[pp] the stages of every rank, by the schedule's name alone.
+
+    A schedule from a file says itself where stages lie; see ``RunSchedule``.
+    """
+    pp, vpp = config.parallel.pp, config.parallel.vpp
+    folded = config.parallel.schedule == "dualpipe_v" and vpp == 2
+    placement = v_placement(pp) if folded else looped_placement(pp, vpp)
+    return [[s for s, place in enumerate(placement) if place == rank] for rank in range(pp)]
+
+
+def _read(path: Path) -> Schedule:
+    try:
+        rows = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        rule = f"it is a readable text file ({error})"
+        key = "parallel.schedule_file"
+        raise ConfigError(key, str(path), rule, "parallel.schedule=k2") from error
+    return Schedule.from_text([row for row in rows if row.strip()], path.name)

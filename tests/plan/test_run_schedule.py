@@ -1,0 +1,50 @@
+"""The planned schedule is the one that is trained."""
+
+from pathlib import Path
+
+import pytest
+
+from kimi_pretrain.config import compose
+from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.pipeline.schedules import generate
+from kimi_pretrain.plan.run_schedule import rank_stages, run_schedule
+from kimi_pretrain.train.schedule import training_schedule
+
+BATCH = "schedule.global_batch_size=8"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["parallel.pp=2", "parallel.schedule=k2", BATCH],
+        ["parallel.pp=2", "parallel.vpp=2", "parallel.schedule=dualpipe_v", BATCH],
+        ["parallel.pp=4", "parallel.schedule=zb_h1", "parallel.layer_split=balanced", BATCH],
+    ],
+)
+def test_it_is_the_runs(overrides: list[str]) -> None:
+    """Catches a plan of another order, of other messages or of other stages than those trained."""
+    config = compose(overrides)
+    run = run_schedule(config)
+    assert run.schedule == training_schedule(config)
+    assert [run.stages(rank) for rank in range(config.parallel.pp)] == rank_stages(config)
+
+
+def test_a_file_is_read(tmp_path: Path) -> None:
+    """Catches a plan that ignores the schedule's file."""
+    path = tmp_path / "mine.csv"
+    path.write_text("\n".join(generate("gpipe", 2, 1, 8).to_text()))
+    config = compose(["parallel.pp=2", f"parallel.schedule_file={path}", BATCH])
+    assert run_schedule(config).schedule == training_schedule(config)
+    other = compose(["parallel.pp=2", f"parallel.schedule_file={path}"])
+    other.schedule.global_batch_size = 4
+    with pytest.raises(ConfigError, match=r"parallel\.schedule_file: got '2 x 1 x 8'"):
+        run_schedule(other)
+    with pytest.raises(ConfigError, match="readable text file"):
+        run_schedule(compose(["parallel.pp=2", f"parallel.schedule_file={tmp_path}", BATCH]))
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    """Catches a plan of half a microbatch."""
+    with pytest.raises(ConfigError, match=r"schedule\.global_batch_size"):
+        run_schedule(compose(["parallel.dp=3", "schedule.global_batch_size=8"]))
