@@ -98,7 +98,7 @@ void quantise_tiles(const T* x, uint8_t* q, float* scale, int64_t rows, int64_t 
   const int64_t row_tiles = (width + kTile - 1) / kTile, tiles = rows * row_tiles;
   const bool whole = width % kTile == 0 && aligned(x, q);
   KIMI_LAUNCH((whole ? quantise_tiles_kernel<T, true> : quantise_tiles_kernel<T, false>),
-              blocks_for(tiles * kThreads, kTileBlock), kTileBlock, stream, x, q, scale, tiles,
+              blocks_for(tiles * kThreads, kTileBlock), kTileBlock, 0, stream, x, q, scale, tiles,
               width, row_tiles);
 }
 
@@ -108,7 +108,7 @@ void dequantise_tiles(const uint8_t* q, const float* scale, T* x, int64_t rows, 
   const int64_t row_tiles = (width + kTile - 1) / kTile, tiles = rows * row_tiles;
   const bool whole = width % kTile == 0 && aligned(x, q);
   KIMI_LAUNCH((whole ? dequantise_tiles_kernel<T, true> : dequantise_tiles_kernel<T, false>),
-              blocks_for(tiles * kThreads, kTileBlock), kTileBlock, stream, q, scale, x, tiles,
+              blocks_for(tiles * kThreads, kTileBlock), kTileBlock, 0, stream, q, scale, x, tiles,
               width, row_tiles);
 }
 

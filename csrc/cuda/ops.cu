@@ -3,6 +3,8 @@
 
 #include "fp8_tiles.cuh"
 #include "kimi/glue.h"
+#include "rms_norm.cuh"
+#include "swiglu.cuh"
 
 namespace {
 
@@ -19,14 +21,22 @@ struct Cuda {
     void* stream;
   };
 
-  template <class... A>
-  static void quantise_tiles(A... a) {
-    kimi::cuda::quantise_tiles(a...);
+  static int64_t strips(int64_t rows) { return kimi::cuda::strips(rows); }
+
+#define KIMI_FORWARD(op)              \
+  template <class... A>               \
+  static void op(A... a) {            \
+    kimi::cuda::op(a...);             \
   }
-  template <class... A>
-  static void dequantise_tiles(A... a) {
-    kimi::cuda::dequantise_tiles(a...);
-  }
+  KIMI_FORWARD(quantise_tiles)
+  KIMI_FORWARD(dequantise_tiles)
+  KIMI_FORWARD(swiglu)
+  KIMI_FORWARD(swiglu_backward)
+  KIMI_FORWARD(swiglu_tiles)
+  KIMI_FORWARD(swiglu_tiles_backward)
+  KIMI_FORWARD(rms_norm)
+  KIMI_FORWARD(rms_norm_backward)
+#undef KIMI_FORWARD
 };
 
 }  // namespace

@@ -2,10 +2,11 @@
 //
 // Each thread of a block is a fiber. __syncthreads and warp collectives are real meetings: a
 // fiber that reaches one gives way until the others have come, and a meeting that can never
-// happen is reported, not waited for. Fibers otherwise run as far as they can, in an order that
-// simt_seed permutes anew each round, and shared memory starts as NaN: a barrier that is
-// missing lets a fiber read what nobody has written. Not emulated: inline PTX, textures,
-// clusters, memory order among blocks (blocks run one after another).
+// happen is reported, not waited for. Between meetings a warp runs ahead of the others as far as it
+// can, in an order of warps and lanes that the seed permutes, and shared memory starts as NaN: a
+// barrier that is missing lets a fiber read what nobody has written yet, or what the next round
+// has overwritten. Not emulated: inline PTX, textures, clusters, memory order among blocks (they
+// run one after another).
 #pragma once
 
 #include <ucontext.h>
@@ -67,13 +68,20 @@ struct Warp {
   std::map<uint32_t, Meeting> meetings;
 };
 
+// Shared memory: NaN as a float, and aligned for 16-byte packs.
+struct alignas(16) Sixteen {
+  unsigned char bytes[16];
+};
+using Poisoned = std::vector<Sixteen>;
+
 struct Block {
   dim3 grid, size;
   uint3 index{};
   std::function<void()> body;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  std::map<std::pair<const char*, int>, std::vector<char>> shared;
+  std::map<std::pair<const char*, int>, Poisoned> shared;
+  size_t dynamic_bytes = 0;
   unsigned alive = 0, waiting = 0;
   uint64_t barriers = 0;
   bool progress = false;
@@ -140,10 +148,15 @@ T from_lane(uint32_t mask, T value, unsigned source) {
 
 // The memory of the KIMI_SHARED at this line, the same for all threads of the block.
 inline void* shared(const char* file, int line, size_t bytes) {
-  std::vector<char>& memory = block->shared[{file, line}];
-  if (memory.empty()) memory.assign(bytes, char(0xff));
+  Poisoned& memory = block->shared[{file, line}];
+  if (memory.empty()) {
+    memory.resize(bytes / sizeof(Sixteen) + 1);
+    std::memset(memory.data(), 0xff, memory.size() * sizeof(Sixteen));
+  }
   return memory.data();
 }
+
+inline void* dynamic_shared() { return shared("", 0, block->dynamic_bytes); }
 
 inline void enter() {
   block->body();
@@ -180,6 +193,22 @@ inline void start(Fiber& fiber, unsigned number) {
   std::abort();
 }
 
+// Runs the fibers of one warp for as long as any of them gets on.
+inline void run_warp(unsigned warp, std::mt19937_64& random) {
+  const unsigned first = warp * kWarp;
+  const unsigned count = std::min<unsigned>(kWarp, unsigned(block->fibers.size()) - first);
+  std::vector<unsigned> order(count);
+  std::iota(order.begin(), order.end(), first);
+  do {
+    block->progress = false;
+    if (seed) std::shuffle(order.begin(), order.end(), random);
+    for (const unsigned i : order) {
+      self = &block->fibers[i];
+      if (self->state != State::exited) swapcontext(&scheduler, &self->context);
+    }
+  } while (block->progress);
+}
+
 inline void run_block(std::mt19937_64& random) {
   const unsigned threads = unsigned(block->fibers.size());
   block->alive = threads;
@@ -187,21 +216,19 @@ inline void run_block(std::mt19937_64& random) {
   block->shared.clear();
   block->warps.assign((threads + kWarp - 1) / kWarp, Warp());
   for (unsigned i = 0; i < threads; i++) start(block->fibers[i], i);
-  std::vector<unsigned> order(threads);
+  std::vector<unsigned> order(block->warps.size());
   std::iota(order.begin(), order.end(), 0u);
   while (block->alive) {
-    block->progress = false;
+    const auto before = std::make_pair(block->barriers, block->alive);
     if (seed) std::shuffle(order.begin(), order.end(), random);
-    for (const unsigned i : order) {
-      self = &block->fibers[i];
-      if (self->state != State::exited) swapcontext(&scheduler, &self->context);
-    }
-    if (block->alive && !block->progress) report_deadlock();
+    for (const unsigned warp : order) run_warp(warp, random);
+    // Warps touch only at barriers: a round in which none opened and none exited is the last.
+    if (block->alive && before == std::make_pair(block->barriers, block->alive)) report_deadlock();
   }
 }
 
 template <class Kernel, class... Arguments>
-void launch(Kernel kernel, dim3 grid, dim3 size, Arguments... arguments) {
+void launch(Kernel kernel, dim3 grid, dim3 size, size_t shared_bytes, Arguments... arguments) {
   const unsigned threads = size.x * size.y * size.z;
   if (threads == 0 || threads > 1024) {
     std::fprintf(stderr, "simt: a block of %u threads\n", threads);
@@ -210,6 +237,7 @@ void launch(Kernel kernel, dim3 grid, dim3 size, Arguments... arguments) {
   Block here;
   here.grid = grid;
   here.size = size;
+  here.dynamic_bytes = shared_bytes;
   here.body = [&] { kernel(arguments...); };
   here.fibers = std::vector<Fiber>(threads);
   std::mt19937_64 random(seed);

@@ -12,20 +12,11 @@ from typing import Any
 import torch
 
 from kimi_pretrain.config.errors import ConfigError
-from kimi_pretrain.ops import fp8_tiles
-from kimi_pretrain.ops.native import library
+from kimi_pretrain.ops import fp8_tiles, norm, swiglu
+from kimi_pretrain.ops.native import functions, library
 
 CHOICES = ("auto", "reference", "native")
 Op = Callable[..., Any]
-
-
-def _native(name: str) -> Op:
-    """The function over the library's op, found when it is called: it may not be loaded yet."""
-
-    def call(*arguments: Any) -> Any:
-        return getattr(torch.ops.kimi_pretrain, name)(*arguments)
-
-    return call
 
 
 @dataclass(frozen=True)
@@ -40,10 +31,18 @@ class Implementations:
 
 OPS = {
     "quantise_tiles": Implementations(
-        fp8_tiles.quantise_tiles, _native("quantise_tiles"), ("quantise_tiles",)
+        fp8_tiles.quantise_tiles, functions.quantise_tiles, ("quantise_tiles",)
     ),
     "dequantise_tiles": Implementations(
-        fp8_tiles.dequantise_tiles, _native("dequantise_tiles"), ("dequantise_tiles",)
+        fp8_tiles.dequantise_tiles, functions.dequantise_tiles, ("dequantise_tiles",)
+    ),
+    "swiglu": Implementations(swiglu.swiglu, functions.swiglu, ("swiglu", "swiglu_backward")),
+    "swiglu_tiles": Implementations(swiglu.swiglu_tiles, functions.swiglu_tiles, ("swiglu_tiles",)),
+    "swiglu_tiles_backward": Implementations(
+        swiglu.swiglu_tiles_backward, functions.swiglu_tiles_backward, ("swiglu_tiles_backward",)
+    ),
+    "rms_norm": Implementations(
+        norm.rms_norm, functions.rms_norm, ("rms_norm", "rms_norm_backward")
     ),
 }
 

@@ -68,20 +68,42 @@ void with_type(ScalarType dtype, Body body) {
   body(float{});
 }
 
+// Calls body(stream) on x's device, unless x is empty.
+template <class Backend, class Body>
+void launch(const Tensor& x, Body body) {
+  if (x.numel() == 0) return;
+  typename Backend::Scope scope(x.get_device_index());
+  body(scope.stream);
+  scope.check();
+}
+
+// ---- FP8 tiles ------------------------------------------------------------------------------
+
+inline int64_t tiles_of(int64_t width) { return (width + kTile - 1) / kTile; }
+
+inline void check_tiles(const Tensor& q, const Tensor& scale) {
+  check_dense(q, "q");
+  check_dense(scale, "scale");
+  KIMI_CHECK(q.scalar_type() == ScalarType::Float8_e4m3fn, "q must be float8_e4m3fn");
+  KIMI_CHECK(scale.scalar_type() == ScalarType::Float, "scale must be float32");
+  KIMI_CHECK(q.get_device_index() == scale.get_device_index(), "scale is on another device");
+  KIMI_CHECK(shape_of(scale) == with_width(q, tiles_of(q.size(-1))),
+             "scale must hold one number a tile of q");
+}
+
 // x [..., width] -> (q [..., width] E4M3, scale [..., ceil(width / 128)] fp32).
 template <class Backend>
 std::tuple<Tensor, Tensor> quantise_tiles(const Tensor& x) {
   check_dense(x, "x");
-  const int64_t width = x.size(-1), tiles = (width + kTile - 1) / kTile;
+  const int64_t width = x.size(-1);
   Tensor q = empty(x, shape_of(x), ScalarType::Float8_e4m3fn);
-  Tensor scale = empty(x, with_width(x, tiles), ScalarType::Float);
+  Tensor scale = empty(x, with_width(x, tiles_of(width)), ScalarType::Float);
   with_type(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    if (x.numel() == 0) return;
-    typename Backend::Scope scope(x.get_device_index());
-    Backend::quantise_tiles(in<T>(x), out<uint8_t>(q), out<float>(scale), x.numel() / width, width,
-                            scope.stream);
-    scope.check();
+    launch<Backend>(x, [&](void* stream) {
+      Backend::quantise_tiles(in<T>(x), out<uint8_t>(q), out<float>(scale), x.numel() / width,
+                              width, stream);
+    });
   });
   return {q, scale};
 }
@@ -89,29 +111,157 @@ std::tuple<Tensor, Tensor> quantise_tiles(const Tensor& x) {
 // The way back, to bf16 or fp32.
 template <class Backend>
 Tensor dequantise_tiles(const Tensor& q, const Tensor& scale, ScalarType dtype) {
-  check_dense(q, "q");
-  check_dense(scale, "scale");
-  const int64_t width = q.size(-1), tiles = (width + kTile - 1) / kTile;
-  KIMI_CHECK(q.scalar_type() == ScalarType::Float8_e4m3fn, "q must be float8_e4m3fn");
-  KIMI_CHECK(scale.scalar_type() == ScalarType::Float, "scale must be float32");
-  KIMI_CHECK(shape_of(scale) == with_width(q, tiles), "scale must hold one number a tile of q");
+  check_tiles(q, scale);
   Tensor x = empty(q, shape_of(q), dtype);
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
-    if (q.numel() == 0) return;
-    typename Backend::Scope scope(q.get_device_index());
-    Backend::dequantise_tiles(in<uint8_t>(q), in<float>(scale), out<T>(x), q.numel() / width, width,
-                              scope.stream);
-    scope.check();
+    launch<Backend>(q, [&](void* stream) {
+      const int64_t width = q.size(-1);
+      Backend::dequantise_tiles(in<uint8_t>(q), in<float>(scale), out<T>(x), q.numel() / width,
+                                width, stream);
+    });
   });
   return x;
 }
 
-// The ops of one dispatch key, in the order of ops.cpp's schemas.
+// ---- SwiGLU ---------------------------------------------------------------------------------
+
+inline int64_t half_width(const Tensor& gate_up) {
+  KIMI_CHECK(gate_up.size(-1) % 2 == 0, "gate and up must be of one width");
+  return gate_up.size(-1) / 2;
+}
+
+inline void check_grad(const Tensor& grad, const std::vector<int64_t>& shape) {
+  check_dense(grad, "grad");
+  KIMI_CHECK(shape_of(grad) == shape, "grad must have the shape of the result");
+}
+
+// gate_up [..., 2 * width] -> [..., width].
+template <class Backend>
+Tensor swiglu(const Tensor& gate_up) {
+  check_dense(gate_up, "gate_up");
+  const int64_t width = half_width(gate_up);
+  Tensor y = empty(gate_up, with_width(gate_up, width), gate_up.scalar_type());
+  with_type(gate_up.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    launch<Backend>(y, [&](void* stream) {
+      Backend::swiglu(in<T>(gate_up), out<T>(y), y.numel() / width, width, stream);
+    });
+  });
+  return y;
+}
+
+template <class Backend>
+Tensor swiglu_backward(const Tensor& grad, const Tensor& gate_up) {
+  check_dense(gate_up, "gate_up");
+  const int64_t width = half_width(gate_up);
+  check_grad(grad, with_width(gate_up, width));
+  check_like(grad, gate_up, "grad");
+  Tensor grad_gate_up = empty(gate_up, shape_of(gate_up), gate_up.scalar_type());
+  with_type(gate_up.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    launch<Backend>(grad, [&](void* stream) {
+      Backend::swiglu_backward(in<T>(grad), in<T>(gate_up), out<T>(grad_gate_up),
+                               grad.numel() / width, width, stream);
+    });
+  });
+  return grad_gate_up;
+}
+
+// SwiGLU of stored tiles: q [..., 2 * width], scale [..., ceil(2 * width / 128)].
+template <class Backend>
+Tensor swiglu_tiles(const Tensor& q, const Tensor& scale, ScalarType dtype) {
+  check_tiles(q, scale);
+  const int64_t width = half_width(q);
+  Tensor y = empty(q, with_width(q, width), dtype);
+  with_type(dtype, [&](auto t) {
+    using T = decltype(t);
+    launch<Backend>(y, [&](void* stream) {
+      Backend::swiglu_tiles(in<uint8_t>(q), in<float>(scale), out<T>(y), y.numel() / width, width,
+                            stream);
+    });
+  });
+  return y;
+}
+
+template <class Backend>
+Tensor swiglu_tiles_backward(const Tensor& grad, const Tensor& q, const Tensor& scale) {
+  check_tiles(q, scale);
+  const int64_t width = half_width(q);
+  check_grad(grad, with_width(q, width));
+  Tensor grad_gate_up = empty(grad, shape_of(q), grad.scalar_type());
+  with_type(grad.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    launch<Backend>(grad, [&](void* stream) {
+      Backend::swiglu_tiles_backward(in<T>(grad), in<uint8_t>(q), in<float>(scale),
+                                     out<T>(grad_gate_up), grad.numel() / width, width, stream);
+    });
+  });
+  return grad_gate_up;
+}
+
+// ---- RMSNorm --------------------------------------------------------------------------------
+
+inline void check_norm(const Tensor& x, const Tensor& weight) {
+  check_dense(x, "x");
+  check_like(weight, x, "weight");
+  KIMI_CHECK(weight.dim() == 1 && weight.size(0) == x.size(-1), "weight must be of x's width");
+  // A CUDA block keeps a row of fp32 sums in the 48 KiB of shared memory that all GPUs give.
+  KIMI_CHECK(x.size(-1) <= 12288, "rows must be at most 12288 wide");
+}
+
+// x [..., width], weight [width] -> (y [..., width], scale [..., 1] fp32 = 1 / sqrt(mean + eps)).
+template <class Backend>
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  check_norm(x, weight);
+  Tensor y = empty(x, shape_of(x), x.scalar_type());
+  Tensor scale = empty(x, with_width(x, 1), ScalarType::Float);
+  with_type(x.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    launch<Backend>(x, [&](void* stream) {
+      Backend::rms_norm(in<T>(x), in<T>(weight), float(eps), out<T>(y), out<float>(scale),
+                        scale.numel(), x.size(-1), stream);
+    });
+  });
+  return {y, scale};
+}
+
+// (grad of x, grad of weight in fp32).
+template <class Backend>
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x,
+                                             const Tensor& weight, const Tensor& scale) {
+  check_norm(x, weight);
+  check_grad(grad, shape_of(x));
+  check_like(grad, x, "grad");
+  check_dense(scale, "scale");
+  KIMI_CHECK(shape_of(scale) == with_width(x, 1) && scale.scalar_type() == ScalarType::Float,
+             "scale must be what the forward gave");
+  const int64_t rows = scale.numel(), width = x.size(-1);
+  Tensor grad_x = empty(x, shape_of(x), x.scalar_type());
+  Tensor grad_weight = torch::stable::new_zeros(x, {width}, ScalarType::Float);
+  Tensor partial = empty(x, {Backend::strips(rows), width}, ScalarType::Float);
+  with_type(x.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    launch<Backend>(x, [&](void* stream) {
+      Backend::rms_norm_backward(in<T>(grad), in<T>(x), in<T>(weight), in<float>(scale),
+                                 out<T>(grad_x), out<float>(partial), out<float>(grad_weight), rows,
+                                 width, stream);
+    });
+  });
+  return {grad_x, grad_weight};
+}
+
+// The ops of one dispatch key; their schemas are in cpu/ops.cpp.
 template <class Backend>
 void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("quantise_tiles", TORCH_BOX(&quantise_tiles<Backend>));
   m.impl("dequantise_tiles", TORCH_BOX(&dequantise_tiles<Backend>));
+  m.impl("swiglu", TORCH_BOX(&swiglu<Backend>));
+  m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward<Backend>));
+  m.impl("swiglu_tiles", TORCH_BOX(&swiglu_tiles<Backend>));
+  m.impl("swiglu_tiles_backward", TORCH_BOX(&swiglu_tiles_backward<Backend>));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm<Backend>));
+  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward<Backend>));
 }
 
 }  // namespace kimi

@@ -4,16 +4,22 @@
 #include "kimi/numeric.h"
 
 #if defined(__CUDACC__)
-#define KIMI_LAUNCH(kernel, blocks, threads, stream, ...) \
-  kernel<<<dim3(blocks), dim3(threads), 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
-// Shared memory of a block. A macro, so that the shim can poison it before each block.
+#define KIMI_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...)                     \
+  kernel<<<dim3(blocks), dim3(threads), (shared_bytes), static_cast<cudaStream_t>(stream)>>>( \
+      __VA_ARGS__)
+// Shared memory of a block. Macros, so that the shim can poison it before each block.
 #define KIMI_SHARED(type, name, count) __shared__ type name[count]
+#define KIMI_DYNAMIC_SHARED(type, name)                   \
+  extern __shared__ __align__(16) unsigned char name##_[]; \
+  type* const name = reinterpret_cast<type*>(name##_)
 #else
 #include "shim.h"
-#define KIMI_LAUNCH(kernel, blocks, threads, stream, ...) \
-  ((void)(stream), simt::launch(kernel, dim3(blocks), dim3(threads), __VA_ARGS__))
+#define KIMI_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
+  ((void)(stream), simt::launch(kernel, dim3(blocks), dim3(threads), shared_bytes, __VA_ARGS__))
 #define KIMI_SHARED(type, name, count) \
   type* const name = static_cast<type*>(simt::shared(__FILE__, __LINE__, sizeof(type) * (count)))
+#define KIMI_DYNAMIC_SHARED(type, name) \
+  type* const name = static_cast<type*>(simt::dynamic_shared())
 #endif
 
 namespace kimi {

@@ -1,23 +1,99 @@
 """What torch must know of each op beside its kernels: shapes without data, and derivatives."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.library import register_fake
+from torch.library import register_autograd, register_fake
 
 from kimi_pretrain.ops.fp8_tiles import TILE
+from kimi_pretrain.ops.main_grad import deliver
 
 
 def register() -> None:
     """Tell torch about the ops of the library, which has been loaded."""
-    register_fake("kimi_pretrain::quantise_tiles", _quantise_tiles)
-    register_fake("kimi_pretrain::dequantise_tiles", _dequantise_tiles)
+    for shape_rule in (
+        quantise_tiles,
+        dequantise_tiles,
+        swiglu,
+        swiglu_backward,
+        swiglu_tiles,
+        swiglu_tiles_backward,
+        rms_norm,
+        rms_norm_backward,
+    ):
+        register_fake(f"kimi_pretrain::{shape_rule.__name__}", shape_rule)
+    register_autograd("kimi_pretrain::swiglu", _swiglu_gradient, setup_context=_keep_gate_up)
+    register_autograd("kimi_pretrain::rms_norm", _norm_gradients, setup_context=_keep_norm)
 
 
-def _quantise_tiles(x: Tensor) -> tuple[Tensor, Tensor]:
-    tiles = -(-x.shape[-1] // TILE)
-    q = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
-    return q, x.new_empty((*x.shape[:-1], tiles), dtype=torch.float32)
+# ---- shapes: what each op gives, of the right shape, dtype and device, uninitialised ----------
 
 
-def _dequantise_tiles(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def quantise_tiles(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., width] -> [..., width] E4M3, [..., tiles]."""
+    scale = x.new_empty((*x.shape[:-1], -(-x.shape[-1] // TILE)), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), scale
+
+
+def dequantise_tiles(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., width] E4M3, [..., tiles] -> [..., width]."""
     return q.new_empty(q.shape, dtype=dtype)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """[..., 2 * width] -> [..., width]."""
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """[..., width], [..., 2 * width] -> [..., 2 * width]."""
+    return gate_up.new_empty(gate_up.shape)
+
+
+def swiglu_tiles(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., 2 * width] E4M3, [..., tiles] -> [..., width]."""
+    return q.new_empty((*q.shape[:-1], q.shape[-1] // 2), dtype=dtype)
+
+
+def swiglu_tiles_backward(grad: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    """[..., width], [..., 2 * width] E4M3, [..., tiles] -> [..., 2 * width]."""
+    return grad.new_empty(q.shape)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """[..., width], [width] -> [..., width], [..., 1]."""
+    return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[..., width] twice, [width], [..., 1] -> [..., width], [width] fp32."""
+    return x.new_empty(x.shape), x.new_empty(weight.shape, dtype=torch.float32)
+
+
+# ---- derivatives --------------------------------------------------------------------------
+
+
+def _keep_gate_up(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _swiglu_gradient(ctx: Any, grad: Tensor) -> Tensor:
+    (gate_up,) = ctx.saved_tensors
+    grad_gate_up: Tensor = torch.ops.kimi_pretrain.swiglu_backward(grad.contiguous(), gate_up)
+    return grad_gate_up
+
+
+def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def _norm_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    x, weight, scale = ctx.saved_tensors
+    backward = torch.ops.kimi_pretrain.rms_norm_backward
+    grad_x, grad_weight = backward(grad.contiguous(), x, weight, scale)
+    return grad_x, deliver(weight, grad_weight), None

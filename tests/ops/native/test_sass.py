@@ -1,6 +1,7 @@
 """What nvcc makes of the kernels for sm_90a, held to a budget without a GPU."""
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,14 +33,20 @@ ABSENT = [
 ]
 pytestmark = pytest.mark.skipif(bool(ABSENT), reason=f"no {', '.join(ABSENT)} here")
 
-# Registers a thread may take: 40 lets an SM of 65,536 hold six blocks of 256 threads.
-REGISTERS = {"quantise_tiles_kernel": 40, "dequantise_tiles_kernel": 40}
-# Kernels that read and write 16 bytes at a time; the other variant of each takes ragged rows.
-WIDE = {
-    f"{name}<{dtype}, true>"
-    for name in ("quantise_tiles_kernel", "dequantise_tiles_kernel")
-    for dtype in ("bf16", "float")
+# Registers a thread may take, of the 65,536 of a multiprocessor: with blocks of 256 threads, 40
+# let six run on it, 48 five, 64 four. The first name that fits a kernel counts.
+REGISTERS = {
+    "swiglu_backward_kernel<TileRows, float, 16>": 96,  # tiles with fp32 gradients: tests only
+    "swiglu_backward_kernel": 64,
+    "swiglu_kernel": 48,
+    "rms_norm_backward_kernel": 64,
+    "rms_norm_kernel": 40,
+    "column_sums_kernel": 32,
+    "dequantise_tiles_kernel": 40,
+    "quantise_tiles_kernel": 40,
 }
+# Of each, the variant that moves 16 bytes at a time; the others take ragged or unaligned rows.
+WIDE = r"tiles_kernel<\w+, true>|(swiglu|norm)(_backward)?_kernel<.*, (4|8|16)>"
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +64,17 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_every_kernel_has_a_budget_and_keeps_it(kernels: dict[str, Any]) -> None:
     """Catches registers spilled to memory, arrays that became local memory, and a new kernel
     without a budget."""
-    assert {name.split("<")[0] for name in kernels} == set(REGISTERS)
     for name, kernel in kernels.items():
-        assert kernel.registers <= REGISTERS[name.split("<")[0]], f"{name}: {kernel.registers}"
+        budgets = [most for known, most in REGISTERS.items() if name.startswith(known)]
+        assert budgets, f"{name} has no budget"
+        assert kernel.registers <= budgets[0], f"{name}: {kernel.registers} registers"
         assert (kernel.stack, kernel.local, kernel.spills()) == (0, 0, 0), name
 
 
 def test_kernels_bound_by_bandwidth_move_16_bytes_at_a_time(kernels: dict[str, Any]) -> None:
     """Catches a load or store that the compiler split, which halves or quarters bandwidth."""
-    assert set(kernels) >= WIDE
-    for name in WIDE:
+    wide = [name for name in kernels if re.search(WIDE, name)]
+    assert len(wide) == 4 + 4 + 4 + 4  # FP8 tiles, dense SwiGLU, SwiGLU of tiles, RMSNorm
+    for name in wide:
         assert kernels[name].widest("LDG") == 128, name
         assert kernels[name].widest("STG") == 128, name
