@@ -10,12 +10,9 @@ namespace kimi::cpu {
 template <class T>
 struct QuantiseTiles {
   static KIMI_INLINE void tile(const T* x, uint8_t* q, float* scale, int count) {
-    int32_t largest = 0;
-    for (int i = 0; i < count; i++) {
-      const int32_t magnitude = int32_t(bits_of(to_float(x[i])) & 0x7fffffff);
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    const TileScale of = tile_scale(uint32_t(largest));
+    auto largest = magnitude(T{});
+    for (int i = 0; i < count; i++) largest = std::max(largest, magnitude(x[i]));
+    const TileScale of = tile_scale(float_bits(largest));
     *scale = of.scale;
     if (of.finite) {
       for (int i = 0; i < count; i++) q[i] = e4m3_from_float(to_float(x[i]) * of.inverse);

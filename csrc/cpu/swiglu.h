@@ -40,7 +40,7 @@ struct Swiglu {
     float gate[kTile], up[kTile];
     rows.read(gate, row, at, count);
     rows.read(up, row, width + at, count);
-    for (int i = 0; i < count; i++) y[i] = from_float<T>(gate[i] * sigmoid(gate[i]) * up[i]);
+    for (int i = 0; i < count; i++) y[i] = from_float<T>(gate[i] / (1.0f + exponential(-gate[i])) * up[i]);
   }
 
   static KIMI_INLINE void run(Rows rows, T* y, int64_t from, int64_t to, int64_t width) {

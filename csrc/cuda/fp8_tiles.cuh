@@ -45,13 +45,9 @@ __global__ void __launch_bounds__(kTileBlock)
   } else {
     for (int i = 0; i < at.count; i++) in.at[i] = x[at.begin + i];
   }
-  float value[kElements];
   uint32_t largest = 0;
 #pragma unroll
-  for (int i = 0; i < kElements; i++) {
-    value[i] = to_float(in.at[i]);
-    largest = max(largest, bits_of(value[i]) & 0x7fffffffu);
-  }
+  for (int i = 0; i < kElements; i++) largest = max(largest, float_bits(magnitude(in.at[i])));
 #pragma unroll
   for (int with = kThreads / 2; with; with /= 2)
     largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, with));
@@ -60,7 +56,7 @@ __global__ void __launch_bounds__(kTileBlock)
   Pack<uint8_t, kElements> out;
 #pragma unroll
   for (int i = 0; i < kElements; i++)
-    out.at[i] = tile_of.finite ? e4m3_from_float(value[i] * tile_of.inverse) : kE4M3NaN;
+    out.at[i] = tile_of.finite ? e4m3_from_float(to_float(in.at[i]) * tile_of.inverse) : kE4M3NaN;
   if (kWhole) {
     if (here) store<kElements>(q + at.begin, out);
   } else {

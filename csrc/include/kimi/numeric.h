@@ -39,6 +39,12 @@ struct bf16 {
 KIMI_INLINE float to_float(float x) { return x; }
 KIMI_INLINE float to_float(bf16 x) { return float_of(uint32_t(x.bits) << 16); }
 
+// |x| as an integer of x's own width, which orders as |x| does, NaN above all; and as a float's bits.
+KIMI_INLINE uint32_t magnitude(float x) { return bits_of(x) & 0x7fffffff; }
+KIMI_INLINE uint16_t magnitude(bf16 x) { return x.bits & 0x7fff; }
+KIMI_INLINE uint32_t float_bits(uint32_t magnitude) { return magnitude; }
+KIMI_INLINE uint32_t float_bits(uint16_t magnitude) { return uint32_t(magnitude) << 16; }
+
 // Round to nearest, ties to even; a NaN stays one.
 template <class T>
 KIMI_INLINE T from_float(float x);
@@ -64,15 +70,14 @@ KIMI_INLINE bf16 from_float<bf16>(float x) {
 constexpr float kE4M3Max = 448.0f;
 constexpr uint8_t kE4M3NaN = 0x7f;
 
-// A finite x, rounded to nearest even and saturated at +-448.
+// Rounded to nearest even. |x| is at most 448 but for a rounding of its own (a tile's scale sees to
+// that), so that nothing overflows.
 KIMI_INLINE uint8_t e4m3_from_float(float x) {
 #if defined(__CUDA_ARCH__)
   return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
 #else
   const uint32_t sign = (bits_of(x) >> 24) & 0x80;
-  const int32_t magnitude = int32_t(bits_of(x) & 0x7fffffff);
-  const int32_t limit = int32_t(bits_of(kE4M3Max));
-  const int32_t a = magnitude < limit ? magnitude : limit;
+  const int32_t a = int32_t(bits_of(x) & 0x7fffffff);
   // Normal numbers: drop 20 bits of mantissa, move the exponent's bias from 127 to 7.
   const int32_t normal = (a + 0x7ffff + ((a >> 20) & 1) - (120 << 23)) >> 20;
   // Below 2^-6: adding 2^14, whose last place is 2^-9, rounds to E4M3's subnormals.
