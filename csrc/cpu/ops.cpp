@@ -1,6 +1,7 @@
 // The schemas of all ops, and their CPU kernels.
 #include "fp8_tiles.h"
 #include "kimi/glue.h"
+#include "permute.h"
 #include "rms_norm.h"
 #include "swiglu.h"
 
@@ -96,6 +97,40 @@ struct Cpu {
       for (int64_t i = 0; i < width; i++) grad_weight[i] += partial[strip * width + i];
   }
 
+  static void check_index(const Tensor& index, int64_t count) {
+    const int64_t* at = in<int64_t>(index);
+    const bool inside = std::all_of(at, at + index.numel(),
+                                    [count](int64_t i) { return 0 <= i && i < count; });
+    KIMI_CHECK(inside, "order and inverse must hold numbers of slots and rows");
+  }
+
+  template <class T>
+  static void take_rows(const T* x, const int64_t* order, T* rows, int64_t tokens, int64_t slots,
+                        int64_t width, void*) {
+    over_rows(tokens * slots, width, [=](int64_t from, int64_t to) {
+      for (int64_t row = from; row < to; row++)
+        std::copy_n(x + order[row] / slots * width, width, rows + row * width);
+    });
+  }
+
+  template <class T>
+  static void weighted_rows(const T* rows, const float* weights, const int64_t* inverse, T* y,
+                            int64_t tokens, int64_t slots, int64_t width, void*) {
+    over_rows(tokens, slots * width, [=](int64_t from, int64_t to) {
+      cpu::run<cpu::WeightedRows<T>>(rows, weights, inverse, y, from, to, slots, width);
+    });
+  }
+
+  template <class T>
+  static void weighted_rows_backward(const T* grad, const T* rows, const float* weights,
+                                     const int64_t* order, T* grad_rows, float* grad_weights,
+                                     int64_t tokens, int64_t slots, int64_t width, void*) {
+    over_rows(tokens * slots, width, [=](int64_t from, int64_t to) {
+      cpu::run<cpu::WeightedRowsBackward<T>>(grad, rows, weights, order, grad_rows, grad_weights,
+                                             from, to, slots, width);
+    });
+  }
+
  private:
   template <class Rows, class T>
   static void swiglu_rows(Rows source, T* y, int64_t rows, int64_t width) {
@@ -124,6 +159,12 @@ STABLE_TORCH_LIBRARY(kimi_pretrain, m) {
   m.def("swiglu_tiles_backward(Tensor grad, Tensor q, Tensor scale) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale) -> (Tensor, Tensor)");
+  m.def("take_rows(Tensor x, Tensor order, Tensor inverse) -> Tensor");
+  m.def("summed_rows(Tensor rows, Tensor order, Tensor inverse) -> Tensor");
+  m.def("weighted_rows(Tensor rows, Tensor weights, Tensor order, Tensor inverse) -> Tensor");
+  m.def(
+      "weighted_rows_backward(Tensor grad, Tensor rows, Tensor weights, Tensor order, Tensor inverse)"
+      " -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kimi_pretrain, CPU, m) { kimi::implement<Cpu>(m); }

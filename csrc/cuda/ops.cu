@@ -3,6 +3,7 @@
 
 #include "fp8_tiles.cuh"
 #include "kimi/glue.h"
+#include "permute.cuh"
 #include "rms_norm.cuh"
 #include "swiglu.cuh"
 
@@ -21,6 +22,9 @@ struct Cuda {
     void* stream;
   };
 
+  // Indices are on the device and trusted: reading them would stop the CPU until the GPU is there.
+  static void check_index(const kimi::Tensor&, int64_t) {}
+
   static int64_t strips(int64_t rows) { return kimi::cuda::strips(rows); }
 
 #define KIMI_FORWARD(op)              \
@@ -36,6 +40,9 @@ struct Cuda {
   KIMI_FORWARD(swiglu_tiles_backward)
   KIMI_FORWARD(rms_norm)
   KIMI_FORWARD(rms_norm_backward)
+  KIMI_FORWARD(take_rows)
+  KIMI_FORWARD(weighted_rows)
+  KIMI_FORWARD(weighted_rows_backward)
 #undef KIMI_FORWARD
 };
 

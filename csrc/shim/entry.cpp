@@ -1,8 +1,10 @@
 // Plain C doors for tests: the CUDA kernels through the shim, and the CPU loops of a chosen set.
 #include "../cpu/fp8_tiles.h"
+#include "../cpu/permute.h"
 #include "../cpu/rms_norm.h"
 #include "../cpu/swiglu.h"
 #include "fp8_tiles.cuh"
+#include "permute.cuh"
 #include "rms_norm.cuh"
 #include "swiglu.cuh"
 
@@ -75,5 +77,25 @@ DOOR void diverging() {
        ((void)partial, cpu::run<cpu::RmsNormBackward<T>>(grad, x, weight, scale, grad_x,           \
                                                          grad_weight, rows, width)))
 
+#define PERMUTE_DOORS(T, suffix)                                                                   \
+  DOOR void take_rows_cuda_##suffix(const T* x, const int64_t* order, T* rows, int64_t tokens,     \
+                                    int64_t slots, int64_t width) {                                \
+    cuda::take_rows(x, order, rows, tokens, slots, width, nullptr);                                \
+  }                                                                                                \
+  PAIR(weighted_rows, suffix,                                                                      \
+       (const T* rows, const float* weights, const int64_t* inverse, T* y, int64_t tokens,         \
+        int64_t slots, int64_t width),                                                             \
+       weighted_rows(rows, weights, inverse, y, tokens, slots, width, nullptr),                    \
+       cpu::run<cpu::WeightedRows<T>>(rows, weights, inverse, y, int64_t(0), tokens, slots, width)) \
+  PAIR(weighted_rows_backward, suffix,                                                             \
+       (const T* grad, const T* rows, const float* weights, const int64_t* order, T* grad_rows,    \
+        float* grad_weights, int64_t tokens, int64_t slots, int64_t width),                        \
+       weighted_rows_backward(grad, rows, weights, order, grad_rows, grad_weights, tokens, slots,  \
+                              width, nullptr),                                                     \
+       cpu::run<cpu::WeightedRowsBackward<T>>(grad, rows, weights, order, grad_rows, grad_weights, \
+                                              int64_t(0), tokens * slots, slots, width))
+
 DOORS(bf16, bf16)
 DOORS(float, fp32)
+PERMUTE_DOORS(bf16, bf16)
+PERMUTE_DOORS(float, fp32)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kimi_pretrain.config.errors import ConfigError
-from kimi_pretrain.ops import fp8_tiles, norm, swiglu
+from kimi_pretrain.ops import fp8_tiles, norm, permute, swiglu
 from kimi_pretrain.ops.native import functions, library
 
 CHOICES = ("auto", "reference", "native")
@@ -43,6 +43,15 @@ OPS = {
     ),
     "rms_norm": Implementations(
         norm.rms_norm, functions.rms_norm, ("rms_norm", "rms_norm_backward")
+    ),
+    "take_rows": Implementations(
+        permute.take_rows, functions.take_rows, ("take_rows", "summed_rows")
+    ),
+    "summed_rows": Implementations(
+        permute.summed_rows, functions.summed_rows, ("summed_rows", "take_rows")
+    ),
+    "weighted_rows": Implementations(
+        permute.weighted_rows, functions.weighted_rows, ("weighted_rows", "weighted_rows_backward")
     ),
 }
 

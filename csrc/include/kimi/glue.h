@@ -251,6 +251,102 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x
   return {grad_x, grad_weight};
 }
 
+// ---- permutation ----------------------------------------------------------------------------
+
+// order [tokens * k] and inverse [tokens, k], int64 and each the other's inverse; gives k.
+inline int64_t slots_of(const Tensor& order, const Tensor& inverse) {
+  check_dense(order, "order");
+  check_dense(inverse, "inverse");
+  KIMI_CHECK(order.scalar_type() == ScalarType::Long && inverse.scalar_type() == ScalarType::Long,
+             "order and inverse must be int64");
+  KIMI_CHECK(order.dim() == 1 && inverse.dim() == 2 && order.numel() == inverse.numel(),
+             "order must be [tokens * k] and inverse [tokens, k]");
+  return inverse.size(1);
+}
+
+inline void check_rows(const Tensor& rows, int64_t count, const char* name) {
+  check_dense(rows, name);
+  KIMI_CHECK(rows.dim() == 2 && rows.size(0) == count, name, " has another number of rows");
+}
+
+inline void check_weights(const Tensor& weights, const Tensor& inverse) {
+  check_dense(weights, "weights");
+  KIMI_CHECK(weights.scalar_type() == ScalarType::Float, "weights must be float32");
+  KIMI_CHECK(shape_of(weights) == shape_of(inverse), "weights must be [tokens, k]");
+}
+
+// x [tokens, width] -> [tokens * k, width]: row r is the token of slot order[r].
+template <class Backend>
+Tensor take_rows(const Tensor& x, const Tensor& order, const Tensor& inverse) {
+  const int64_t slots = slots_of(order, inverse), tokens = inverse.size(0);
+  check_rows(x, tokens, "x");
+  Tensor rows = empty(x, {tokens * slots, x.size(1)}, x.scalar_type());
+  Backend::check_index(order, tokens * slots);
+  with_type(x.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    launch<Backend>(rows, [&](void* stream) {
+      Backend::take_rows(in<T>(x), in<int64_t>(order), out<T>(rows), tokens, slots, x.size(1),
+                         stream);
+    });
+  });
+  return rows;
+}
+
+template <class Backend>
+Tensor sum_slots(const Tensor& rows, const Tensor* weights, const Tensor& order,
+                 const Tensor& inverse) {
+  const int64_t slots = slots_of(order, inverse), tokens = inverse.size(0);
+  check_rows(rows, tokens * slots, "rows");
+  Tensor y = empty(rows, {tokens, rows.size(1)}, rows.scalar_type());
+  Backend::check_index(inverse, tokens * slots);
+  with_type(rows.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    launch<Backend>(y, [&](void* stream) {
+      Backend::weighted_rows(in<T>(rows), weights ? in<float>(*weights) : nullptr,
+                             in<int64_t>(inverse), out<T>(y), tokens, slots, rows.size(1), stream);
+    });
+  });
+  return y;
+}
+
+// rows [tokens * k, width] -> [tokens, width].
+template <class Backend>
+Tensor summed_rows(const Tensor& rows, const Tensor& order, const Tensor& inverse) {
+  return sum_slots<Backend>(rows, nullptr, order, inverse);
+}
+
+template <class Backend>
+Tensor weighted_rows(const Tensor& rows, const Tensor& weights, const Tensor& order,
+                     const Tensor& inverse) {
+  check_weights(weights, inverse);
+  return sum_slots<Backend>(rows, &weights, order, inverse);
+}
+
+// (grad of rows, grad of weights).
+template <class Backend>
+std::tuple<Tensor, Tensor> weighted_rows_backward(const Tensor& grad, const Tensor& rows,
+                                                  const Tensor& weights, const Tensor& order,
+                                                  const Tensor& inverse) {
+  const int64_t slots = slots_of(order, inverse), tokens = inverse.size(0);
+  check_rows(rows, tokens * slots, "rows");
+  check_weights(weights, inverse);
+  check_grad(grad, {tokens, rows.size(1)});
+  check_like(grad, rows, "grad");
+  Tensor grad_rows = empty(rows, shape_of(rows), rows.scalar_type());
+  Tensor grad_weights = empty(weights, shape_of(weights), ScalarType::Float);
+  Backend::check_index(order, tokens * slots);
+  with_type(rows.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    launch<Backend>(rows, [&](void* stream) {
+      Backend::weighted_rows_backward(in<T>(grad), in<T>(rows), in<float>(weights),
+                                      in<int64_t>(order), out<T>(grad_rows),
+                                      out<float>(grad_weights), tokens, slots, rows.size(1),
+                                      stream);
+    });
+  });
+  return {grad_rows, grad_weights};
+}
+
 // The ops of one dispatch key; their schemas are in cpu/ops.cpp.
 template <class Backend>
 void implement(torch::stable::detail::StableLibrary& m) {
@@ -262,6 +358,10 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("swiglu_tiles_backward", TORCH_BOX(&swiglu_tiles_backward<Backend>));
   m.impl("rms_norm", TORCH_BOX(&rms_norm<Backend>));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward<Backend>));
+  m.impl("take_rows", TORCH_BOX(&take_rows<Backend>));
+  m.impl("summed_rows", TORCH_BOX(&summed_rows<Backend>));
+  m.impl("weighted_rows", TORCH_BOX(&weighted_rows<Backend>));
+  m.impl("weighted_rows_backward", TORCH_BOX(&weighted_rows_backward<Backend>));
 }
 
 }  // namespace kimi

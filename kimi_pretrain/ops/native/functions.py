@@ -42,3 +42,26 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See ``kimi_pretrain.ops.norm.rms_norm``."""
     y: Tensor = torch.ops.kimi_pretrain.rms_norm(x.contiguous(), weight.contiguous(), eps)[0]
     return y
+
+
+def take_rows(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """See ``kimi_pretrain.ops.permute.take_rows``; its gradient is summed in fp32."""
+    rows: Tensor = torch.ops.kimi_pretrain.take_rows(x.contiguous(), *_dense(order, inverse))
+    return rows
+
+
+def summed_rows(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """See ``kimi_pretrain.ops.permute.summed_rows``."""
+    y: Tensor = torch.ops.kimi_pretrain.summed_rows(rows.contiguous(), *_dense(order, inverse))
+    return y
+
+
+def weighted_rows(rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """See ``kimi_pretrain.ops.permute.weighted_rows``; weights are fp32."""
+    dense = _dense(weights, order, inverse)
+    y: Tensor = torch.ops.kimi_pretrain.weighted_rows(rows.contiguous(), *dense)
+    return y
+
+
+def _dense(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in tensors]

@@ -15,7 +15,7 @@ LIBRARY = Path(__file__).with_name("_kernels.so")
 def missing() -> str | None:
     """Loads the library and gives None, or says in a few words why there is none."""
     if not LIBRARY.is_file():
-        return "the package was built without torch or a C++ compiler at hand"
+        return "it was not built (docs/kernels.md says when and how)"
     try:
         torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
     except OSError as error:  # built for another torch or another machine

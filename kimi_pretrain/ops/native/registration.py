@@ -21,10 +21,21 @@ def register() -> None:
         swiglu_tiles_backward,
         rms_norm,
         rms_norm_backward,
+        take_rows,
+        summed_rows,
+        weighted_rows,
+        weighted_rows_backward,
     ):
         register_fake(f"kimi_pretrain::{shape_rule.__name__}", shape_rule)
     register_autograd("kimi_pretrain::swiglu", _swiglu_gradient, setup_context=_keep_gate_up)
     register_autograd("kimi_pretrain::rms_norm", _norm_gradients, setup_context=_keep_norm)
+    register_autograd("kimi_pretrain::take_rows", _taken_gradient, setup_context=_keep_permutation)
+    register_autograd(
+        "kimi_pretrain::summed_rows", _summed_gradient, setup_context=_keep_permutation
+    )
+    register_autograd(
+        "kimi_pretrain::weighted_rows", _weighted_gradients, setup_context=_keep_weighted
+    )
 
 
 # ---- shapes: what each op gives, of the right shape, dtype and device, uninitialised ----------
@@ -73,6 +84,28 @@ def rms_norm_backward(
     return x.new_empty(x.shape), x.new_empty(weight.shape, dtype=torch.float32)
 
 
+def take_rows(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """[tokens, width], [tokens * k], [tokens, k] -> [tokens * k, width]."""
+    return x.new_empty((order.shape[0], x.shape[1]))
+
+
+def summed_rows(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """[tokens * k, width], [tokens * k], [tokens, k] -> [tokens, width]."""
+    return rows.new_empty((inverse.shape[0], rows.shape[1]))
+
+
+def weighted_rows(rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """As ``summed_rows``, with weights [tokens, k]."""
+    return rows.new_empty((inverse.shape[0], rows.shape[1]))
+
+
+def weighted_rows_backward(
+    grad: Tensor, rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[tokens, width] and what the forward took -> gradients of rows and weights."""
+    return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
+
+
 # ---- derivatives --------------------------------------------------------------------------
 
 
@@ -97,3 +130,25 @@ def _norm_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor |
     backward = torch.ops.kimi_pretrain.rms_norm_backward
     grad_x, grad_weight = backward(grad.contiguous(), x, weight, scale)
     return grad_x, deliver(weight, grad_weight), None
+
+
+def _keep_permutation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _taken_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return torch.ops.kimi_pretrain.summed_rows(grad.contiguous(), *ctx.saved_tensors), None, None
+
+
+def _summed_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return torch.ops.kimi_pretrain.take_rows(grad.contiguous(), *ctx.saved_tensors), None, None
+
+
+def _keep_weighted(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _weighted_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    backward = torch.ops.kimi_pretrain.weighted_rows_backward
+    grad_rows, grad_weights = backward(grad.contiguous(), *ctx.saved_tensors)
+    return grad_rows, grad_weights, None, None

@@ -42,11 +42,14 @@ REGISTERS = {
     "rms_norm_backward_kernel": 64,
     "rms_norm_kernel": 40,
     "column_sums_kernel": 32,
+    "take_rows_kernel": 40,
+    "weighted_rows_backward_kernel": 48,
+    "weighted_rows_kernel": 48,
     "dequantise_tiles_kernel": 40,
     "quantise_tiles_kernel": 40,
 }
 # Of each, the variant that moves 16 bytes at a time; the others take ragged or unaligned rows.
-WIDE = r"tiles_kernel<\w+, true>|(swiglu|norm)(_backward)?_kernel<.*, (4|8|16)>"
+WIDE = r"tiles_kernel<\w+, true>|(swiglu|norm|rows)(_backward)?_kernel<.*, (4|8|16)>"
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +77,7 @@ def test_every_kernel_has_a_budget_and_keeps_it(kernels: dict[str, Any]) -> None
 def test_kernels_bound_by_bandwidth_move_16_bytes_at_a_time(kernels: dict[str, Any]) -> None:
     """Catches a load or store that the compiler split, which halves or quarters bandwidth."""
     wide = [name for name in kernels if re.search(WIDE, name)]
-    assert len(wide) == 4 + 4 + 4 + 4  # FP8 tiles, dense SwiGLU, SwiGLU of tiles, RMSNorm
+    assert len(wide) == 4 + 4 + 4 + 4 + 6  # FP8 tiles, SwiGLU dense and of tiles, norm, permute
     for name in wide:
         assert kernels[name].widest("LDG") == 128, name
         assert kernels[name].widest("STG") == 128, name
