@@ -16,7 +16,7 @@ def test_a_missing_torch_leaves_the_library_out_unless_it_is_demanded(
     assert build.extensions() == []
     assert "no native kernels: torch is not installed" in capfd.readouterr().err
     monkeypatch.setenv("KIMI_NATIVE", "1")
-    with pytest.raises(SystemExit, match="torch is not installed.*; try KIMI_NATIVE=0"):
+    with pytest.raises(SystemExit, match=r"torch is not installed.*; try KIMI_NATIVE=0"):
         build.extensions()
 
 

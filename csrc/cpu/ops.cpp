@@ -158,13 +158,15 @@ STABLE_TORCH_LIBRARY(kimi_pretrain, m) {
   m.def("swiglu_tiles(Tensor q, Tensor scale, ScalarType dtype) -> Tensor");
   m.def("swiglu_tiles_backward(Tensor grad, Tensor q, Tensor scale) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
-  m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale) -> (Tensor, Tensor)");
+  m.def(
+      "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale) "
+      "-> (Tensor, Tensor)");
   m.def("take_rows(Tensor x, Tensor order, Tensor inverse) -> Tensor");
   m.def("summed_rows(Tensor rows, Tensor order, Tensor inverse) -> Tensor");
   m.def("weighted_rows(Tensor rows, Tensor weights, Tensor order, Tensor inverse) -> Tensor");
   m.def(
-      "weighted_rows_backward(Tensor grad, Tensor rows, Tensor weights, Tensor order, Tensor inverse)"
-      " -> (Tensor, Tensor)");
+      "weighted_rows_backward(Tensor grad, Tensor rows, Tensor weights, Tensor order, "
+      "Tensor inverse) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kimi_pretrain, CPU, m) { kimi::implement<Cpu>(m); }

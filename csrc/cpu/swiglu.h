@@ -40,14 +40,16 @@ struct Swiglu {
     float gate[kTile], up[kTile];
     rows.read(gate, row, at, count);
     rows.read(up, row, width + at, count);
-    for (int i = 0; i < count; i++) y[i] = from_float<T>(gate[i] / (1.0f + exponential(-gate[i])) * up[i]);
+    for (int i = 0; i < count; i++)
+      y[i] = from_float<T>(gate[i] / (1.0f + exponential(-gate[i])) * up[i]);
   }
 
   static KIMI_INLINE void run(Rows rows, T* y, int64_t from, int64_t to, int64_t width) {
     for (int64_t row = from; row < to; row++) {
+      T* out = y + row * width;
       int64_t at = 0;
-      for (; at + kTile <= width; at += kTile) part(rows, y + row * width + at, row, width, at, kTile);
-      if (at < width) part(rows, y + row * width + at, row, width, at, int(width - at));
+      for (; at + kTile <= width; at += kTile) part(rows, out + at, row, width, at, kTile);
+      if (at < width) part(rows, out + at, row, width, at, int(width - at));
     }
   }
 };

@@ -22,8 +22,8 @@ template <bool kWhole>
 __device__ __forceinline__ Place place(int64_t tile, int part, int64_t width, int64_t row_tiles) {
   if (kWhole) return {tile * kTile + part * kElements, kElements};
   const int64_t column = (tile % row_tiles) * kTile + part * kElements;
-  const int64_t left = width - column;
-  return {tile / row_tiles * width + column, int(left < 0 ? 0 : left < kElements ? left : kElements)};
+  const int64_t left = max(int64_t(0), width - column);
+  return {tile / row_tiles * width + column, int(min(left, int64_t(kElements)))};
 }
 
 // kWhole: width is a multiple of 128 and every pointer of 16 bytes.

@@ -74,7 +74,8 @@ void take_rows(const T* x, const int64_t* order, T* rows, int64_t tokens, int64_
                int64_t width, void* stream) {
   const bool wide = width % kWide<T> == 0 && aligned(x, rows);
   KIMI_LAUNCH((wide ? take_rows_kernel<T, kWide<T>> : take_rows_kernel<T, 1>),
-              unsigned(tokens * slots), kPermuteBlock, 0, stream, x, order, rows, int(slots), width);
+              unsigned(tokens * slots), kPermuteBlock, 0, stream, x, order, rows, int(slots),
+              width);
 }
 
 // weights: [tokens, slots] fp32 or null; y: [tokens, width].

@@ -47,8 +47,8 @@ DOOR void diverging() {
        cpu::run<cpu::DequantiseTiles<T>>(q, scale, x, rows, width))                                \
   PAIR(swiglu, suffix, (const T* x, T* y, int64_t rows, int64_t width),                            \
        swiglu(x, y, rows, width, nullptr),                                                         \
-       (cpu::run<cpu::Swiglu<cpu::DenseRows<T>, T>>(cpu::DenseRows<T>{x, 2 * width}, y, int64_t(0), \
-                                                    rows, width)))                                 \
+       (cpu::run<cpu::Swiglu<cpu::DenseRows<T>, T>>(cpu::DenseRows<T>{x, 2 * width}, y,            \
+                                                    int64_t(0), rows, width)))                     \
   PAIR(swiglu_tiles, suffix,                                                                       \
        (const uint8_t* q, const float* scale, T* y, int64_t rows, int64_t width),                  \
        swiglu_tiles(q, scale, y, rows, width, nullptr),                                            \
@@ -86,7 +86,8 @@ DOOR void diverging() {
        (const T* rows, const float* weights, const int64_t* inverse, T* y, int64_t tokens,         \
         int64_t slots, int64_t width),                                                             \
        weighted_rows(rows, weights, inverse, y, tokens, slots, width, nullptr),                    \
-       cpu::run<cpu::WeightedRows<T>>(rows, weights, inverse, y, int64_t(0), tokens, slots, width)) \
+       cpu::run<cpu::WeightedRows<T>>(rows, weights, inverse, y, int64_t(0), tokens, slots,        \
+                                      width))                                                      \
   PAIR(weighted_rows_backward, suffix,                                                             \
        (const T* grad, const T* rows, const float* weights, const int64_t* order, T* grad_rows,    \
         float* grad_weights, int64_t tokens, int64_t slots, int64_t width),                        \

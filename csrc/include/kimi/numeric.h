@@ -39,7 +39,8 @@ struct bf16 {
 KIMI_INLINE float to_float(float x) { return x; }
 KIMI_INLINE float to_float(bf16 x) { return float_of(uint32_t(x.bits) << 16); }
 
-// |x| as an integer of x's own width, which orders as |x| does, NaN above all; and as a float's bits.
+// |x| as an integer of x's own width, which orders as |x| does, NaN above all; and that integer as
+// a float's bits.
 KIMI_INLINE uint32_t magnitude(float x) { return bits_of(x) & 0x7fffffff; }
 KIMI_INLINE uint16_t magnitude(bf16 x) { return x.bits & 0x7fff; }
 KIMI_INLINE uint32_t float_bits(uint32_t magnitude) { return magnitude; }
