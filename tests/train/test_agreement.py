@@ -1,8 +1,12 @@
 """Ranks that differ in a library or in a value are refused with one line, on all of them."""
 
+from os import chdir
+from pathlib import Path
+
 from kimi_pretrain.config import compose
 from kimi_pretrain.parallel.errors import SharedConfigError
 from kimi_pretrain.parallel.world import open_world
+from kimi_pretrain.pipeline.schedules import gpipe, interleaved_1f1b
 from kimi_pretrain.train import agreement
 from kimi_pretrain.train.agreement import agreed_run_dir, require_agreement
 from tests.distributed.ranks import run_ranks
@@ -53,3 +57,35 @@ def test_one_process_agrees_with_itself() -> None:
     world = open_world(config.parallel)
     require_agreement(world, config)
     assert agreed_run_dir(world, config) == "runs/alone"
+
+
+def _agree_on_a_file(rank: int, size: int, folder: str) -> str:
+    chdir(Path(folder) / str(rank))
+    config = compose(
+        [
+            "experiment=smoke",
+            "run_dir=runs/x",
+            "schedule.micro_batch_size=1",
+            f"parallel.pp={size}",
+            "parallel.schedule_file=rows",
+        ]
+    )
+    world = open_world(config.parallel)
+    try:
+        require_agreement(world, config)
+        return "agreed"
+    except SharedConfigError as error:
+        return str(error)
+    finally:
+        world.close()
+
+
+def test_another_schedule_in_a_file_of_the_same_name_is_named(tmp_path: Path) -> None:
+    """Catches stages that wait for messages which another node's copy of the file never sends."""
+    for rank, schedule in enumerate((gpipe(2, 1, 4), interleaved_1f1b(2, 1, 4))):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "rows").write_text("\n".join(schedule.to_text()))
+    lines = run_ranks(2, _agree_on_a_file, str(tmp_path))
+    assert len(set(lines)) == 1
+    assert lines[0].startswith("digest of the schedule on rank 1: got ")
+    assert "\n" not in lines[0]
