@@ -16,6 +16,7 @@ VENV      := .venv
 READERS   := .venv-readers
 BIN       := $(VENV)/bin
 PIP       := $(BIN)/python -m pip --disable-pip-version-check -q install
+CSRC      := $(shell find csrc -type f -not -name '*.pyc')
 HAS_TORCH := -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'
 
 .DEFAULT_GOAL := help
@@ -44,11 +45,12 @@ format: $(VENV)/dev  ## rewrite the sources in ruff's format
 
 bench: $(VENV)/bench $(READERS)/made  ## every benchmark, each printing a ratio against a named peer
 	@for name in optimizer_step training_throughput loss_at_equal_tokens sharded_optimizer \
-	    wire_bytes zero1_deepspeed; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	    wire_bytes zero1_deepspeed executor_overhead pipeline_bubble simulator_truth \
+	    hidden_communication native_kernels; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 	@$(READERS)/bin/python -m benchmarks.data_reading
 
 clean:  ## remove what building and testing left behind (runs/ stays)
-	rm -rf $(VENV) $(READERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf kimi_pretrain/ops/native/_kernels.so $(VENV) $(READERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # --- the environment: one stamp for each set of requirements ---------------------------------
 
@@ -59,14 +61,17 @@ $(VENV)/made:
 	@$(BIN)/python $(HAS_TORCH) || $(PIP) --retries 2 $(TORCH)
 	@touch $@
 
-$(VENV)/core: $(VENV)/made setup.py
-	@echo "installing kimi_pretrain"
-	@$(PIP) -e .
+# Without build isolation: csrc/ is compiled against the torch that is installed, with its setuptools.
+$(VENV)/core: $(VENV)/made setup.py $(CSRC)
+	@echo "installing kimi_pretrain, its kernels compiled"
+	@$(PIP) 'setuptools>=77'
+	@$(PIP) --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/dev: $(VENV)/made setup.py
-	@echo "installing kimi_pretrain with the tools for tests"
-	@$(PIP) -e '.[dev]'
+$(VENV)/dev: $(VENV)/made setup.py $(CSRC)
+	@echo "installing kimi_pretrain with the tools for tests, its kernels compiled"
+	@$(PIP) 'setuptools>=77'
+	@$(PIP) --no-build-isolation -e '.[dev]'
 	@touch $(VENV)/core $@
 
 $(VENV)/bench: $(VENV)/dev

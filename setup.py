@@ -1,15 +1,19 @@
-"""Package metadata, and the one thing setuptools cannot say in pyproject.toml: conf/ ships inside.
+"""Package metadata, and what pyproject.toml cannot say: conf/ ships inside, csrc/ is compiled.
 
 People read and copy ``conf/`` at the top of the repository; the wheel holds the same files as
 ``kimi_pretrain/conf`` (found again by ``kimi_pretrain.config.composition.conf_dir``).
 """
 
 import re
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))  # pip's build environment does not hold the folder of setup.py
+
+from csrc.build import BuildKernels, extensions  # noqa: E402
 
 
 def version() -> str:
@@ -40,6 +44,9 @@ setup(
     packages=[*find_packages(include=["kimi_pretrain", "kimi_pretrain.*"]), *CONF],
     package_dir={name: name.removeprefix("kimi_pretrain.").replace(".", "/") for name in CONF},
     package_data={"kimi_pretrain": ["py.typed"], **{name: ["*.yaml"] for name in CONF}},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildKernels},
+    zip_safe=False,
     install_requires=[
         "torch>=2.10",
         "hydra-core>=1.3.8",
@@ -66,6 +73,8 @@ setup(
             "ruff",
             "mypy",
             "setuptools>=77",
+            "nvidia-cuda-cuobjdump; platform_system == 'Linux'",  # reads kernels without a GPU
+            "nvidia-cuda-nvdisasm; platform_system == 'Linux'",
             "transformers>=5.23",
             "pyarrow",
             "zstandard",

@@ -18,8 +18,11 @@ _INSIDE = "KIMI_PRETRAIN_BENCHMARK_NETWORK"
 _GET_FLAGS, _SET_FLAGS, _UP = 0x8913, 0x8914, 0x1  # SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP
 
 
-def enter_own_network() -> None:
+def enter_own_network(*more: str) -> None:
     """Start this command again in a network namespace of its own; return once it runs there.
+
+    Args:
+        more: of unshare's options, ``--mount`` for mounts of its own.
 
     Raises:
         SystemExit: the machine does not allow it.
@@ -27,13 +30,15 @@ def enter_own_network() -> None:
     if os.environ.get(_INSIDE):
         _raise_loopback()
         return
-    unshare = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--net"]
+    unshare = ["unshare", "--net", *more]
+    if os.geteuid() != 0:
+        unshare.append("--map-root-user")
     if shutil.which("unshare") is None:
-        raise SystemExit("bytes are counted in a network namespace: util-linux's unshare is needed")
+        raise SystemExit("this runs in a network namespace: util-linux's unshare is needed")
     attempt = subprocess.run([*unshare, "true"], capture_output=True, text=True, check=False)
     if attempt.returncode:
         raise SystemExit(
-            "bytes are counted in a network namespace, which this machine does not allow "
+            "this runs in a network namespace, which this machine does not allow "
             f"({attempt.stderr.strip()}): run it as root, or in a privileged container"
         )
     os.environ[_INSIDE] = "1"

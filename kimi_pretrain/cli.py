@@ -52,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
             rule = f"the commands are {', '.join(_COMMANDS)}"
             raise ConfigError("command", word, rule, nearest_name(word, _COMMANDS))
         return _COMMANDS[word](rest)
+    except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ConfigError, PeerError) as error:
         _say(error)
         return exit_codes.PEER if isinstance(error, PeerError) else exit_codes.BAD_INPUT

@@ -227,6 +227,7 @@ class LoggingConfig:
     console: str = "auto"  # auto | live | plain | off
     console_interval: int = 10  # steps between plain lines
     layer_interval: int = 10  # steps between rows of layers.jsonl (per-layer arrays)
+    trace_step: int | None = None  # the step of which RUN/trace says who did what when
     report: bool = True  # write report/ at the end of the run
     wandb_project: str = "kimi_pretrain"
     wandb_mode: str = "offline"  # offline | online

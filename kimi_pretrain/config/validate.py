@@ -258,14 +258,13 @@ def _logging(logging: LoggingConfig) -> None:
     _one_of("logging.wandb_mode", logging.wandb_mode, names.WANDB_MODES)
     _at_least("logging.console_interval", logging.console_interval, 1)
     _at_least("logging.layer_interval", logging.layer_interval, 1)
+    if logging.trace_step is not None:
+        _at_least("logging.trace_step", logging.trace_step, 1)
 
 
 def _parallel(parallel: ParallelConfig) -> None:
     for field in ("pp", "vpp", "ep", "dp", "bucket_elements"):
         _at_least(f"parallel.{field}", getattr(parallel, field), 1)
-    dp, ep = parallel.dp, parallel.ep
-    rule = f"it counts the replicas of the dense parameters, edp x ep: a multiple of ep={ep}"
-    _require(dp % ep == 0, "parallel.dp", dp, rule, f"parallel.dp={_up(dp, ep)}")
     _one_of("parallel.schedule", parallel.schedule, names.SCHEDULES)
     _one_of("parallel.layer_split", parallel.layer_split, names.LAYER_SPLITS)
     _one_of("parallel.dense_sharding", parallel.dense_sharding, names.DENSE_SHARDINGS)
@@ -286,14 +285,13 @@ def validate_training(config: Config) -> None:
             schedule, or an activation policy.
     """
     parallel, schedule = config.parallel, config.schedule
-    whole = micro_batch_size(config) * parallel.dp
-    rule = (
-        f"each of parallel.dp={parallel.dp} replicas takes as many whole microbatches of "
-        f"schedule.micro_batch_size={micro_batch_size(config)} sequences"
-    )
-    size = schedule.global_batch_size
-    fix = f"schedule.global_batch_size={_up(size, whole)}"
-    _require(size % whole == 0, "schedule.global_batch_size", size, rule, fix)
+    size, dp, micro = schedule.global_batch_size, parallel.dp, micro_batch_size(config)
+    rule = f"the parallel.dp={dp} replicas take equal shares of it"
+    fix = f"schedule.global_batch_size={_up(size, dp)}"
+    _require(size % dp == 0, "schedule.global_batch_size", size, rule, fix)
+    rule = f"a replica's share of {size // dp} sequences is whole microbatches"
+    fix = f"schedule.micro_batch_size={math.gcd(size // dp, micro)}"
+    _require(size // dp % micro == 0, "schedule.micro_batch_size", micro, rule, fix)
     stages, order = parallel.pp * parallel.vpp, parallel.schedule
     rule = f"parallel.pp x parallel.vpp = {stages} stages need a schedule"
     known = stages == 1 or order != "none" or parallel.schedule_file is not None
@@ -326,6 +324,9 @@ def _between_groups(config: Config) -> None:
     nearest = max(n for n in range(1, min(parallel.ep, experts) + 1) if experts % n == 0)
     fix = f"parallel.ep={nearest}"
     _require(experts % parallel.ep == 0, "parallel.ep", parallel.ep, rule, fix)
+    dp, ep = parallel.dp, parallel.ep
+    rule = f"it counts the replicas of the dense parameters, edp x ep: a multiple of ep={ep}"
+    _require(dp % ep == 0, "parallel.dp", dp, rule, f"parallel.dp={_up(dp, ep)}")
 
     step = schedule.global_batch_size * data.sequence_length
     for index, stage in enumerate(schedule.stages):

@@ -2,8 +2,9 @@
 
 Every phase is a small autograd graph between detached tensors. Its ``Graph`` keeps the leaves
 it began from and the edges where gradients enter, not the outputs themselves: rows that have
-been sent are freed. A generator starts an all-to-all and yields; whoever drives it computes
-something else, of another microbatch, and resumes it when the rows are wanted::
+been sent are freed. A generator yields after every phase and wherever it has started an
+all-to-all: there whoever drives it computes something else, of another microbatch, and resumes
+it when the rows are wanted::
 
     forward    attend  [dispatch]  expert  [combine]   combine ...
     backward   combine [combine]   expert  [dispatch]  attend  ...
@@ -14,7 +15,7 @@ Driven straight through, the two are the forward and the backward of the same ph
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,15 @@ from kimi_pretrain.model.layer import Layer
 from kimi_pretrain.model.microbatch import Microbatch
 from kimi_pretrain.parallel.dispatch import Dispatcher, Flight, Route
 
-Steps = Generator[Flight[Any], None, Tensor]  # yields what flies, returns the result
+
+class Stop(NamedTuple):
+    """Where steps stop: a phase has been computed, or its rows have begun to fly."""
+
+    phase: str  # embedding, attend, expert, combine, head; of a flight dispatch, combine
+    flight: Flight[Any] | None = None
+
+
+Steps = Generator[Stop, None, Tensor]  # returns the result; computes nothing after the last stop
 
 
 class Graph:
@@ -105,11 +114,13 @@ def forward_steps(
     backbone = chunk.model
     if hasattr(backbone, "embed_tokens"):
         tape.before, (x,) = _run(lambda: (backbone.embed_tokens(x),))
+        yield Stop("embedding")
     for layer in backbone.layers.values():
         assert isinstance(layer, Layer)
         x = yield from _layer_forward(layer, x, microbatch, dispatcher, tape.layers)
     if loss is not None:
         tape.after, (x,) = _run(lambda h: (loss(backbone.norm(h)),), x)
+        yield Stop("head")
     keep(tape)
     return x
 
@@ -127,10 +138,12 @@ def backward_steps(tape: ChunkTape, grad: Tensor, dispatcher: Dispatcher) -> Ste
     """
     if tape.after is not None:
         grad = _one(tape.after.backward(grad))
+        yield Stop("head")
     while tape.layers:
         grad = yield from _layer_backward(tape.layers.pop(), grad, dispatcher)
     if tape.before is not None:
         tape.before.backward(grad)
+        yield Stop("embedding")
         return grad.new_empty(0)
     return grad
 
@@ -150,6 +163,7 @@ def _layer_forward(
 
         graph, (x,) = _run(whole, x)
         tapes.append(LayerTape(graph))
+        yield Stop("attend")
         return x
 
     kept: list[Any] = []
@@ -170,9 +184,10 @@ def _layer_forward(
     graph, (residual, hidden, rows, sent_weights, weights) = _run(attend, x)
     tape = LayerTape(graph)
     (plan,) = kept
+    yield Stop("attend")
     flight = dispatcher.dispatch(rows, sent_weights, plan)
     del rows, sent_weights, x
-    yield flight
+    yield Stop("dispatch", flight)
     arrived = flight.wait()
 
     def expert(
@@ -184,9 +199,10 @@ def _layer_forward(
     tape.route = arrived.route
     tape.expert, (residual, rows) = _run(expert, residual, hidden, arrived.rows, arrived.weights)
     del arrived, hidden
+    yield Stop("expert")
     back = dispatcher.send_back(rows, None, tape.route)
     del rows
-    yield back
+    yield Stop("combine", back)
     (returned, _) = back.wait()
     tape.combine, (x,) = _run(
         lambda residual, rows, weights: (layer.combine(residual, rows, weights, plan, dispatcher),),
@@ -195,26 +211,33 @@ def _layer_forward(
         weights,
     )
     tapes.append(tape)
+    yield Stop("combine")
     return x
 
 
 def _layer_backward(tape: LayerTape, grad: Tensor, dispatcher: Dispatcher) -> Steps:
     if tape.route is None:
-        return _one(tape.attend.backward(grad))
+        grad = _one(tape.attend.backward(grad))
+        yield Stop("attend")
+        return grad
     assert tape.combine is not None
     assert tape.expert is not None
     residual, rows, weights = tape.combine.backward(grad)
     assert rows is not None
+    yield Stop("combine")
     there = dispatcher.send(rows, tape.route)
     del rows
-    yield there
+    yield Stop("combine", there)
     residual, hidden, rows, own = tape.expert.backward(residual, there.wait())
     assert rows is not None
+    yield Stop("expert")
     back = dispatcher.send_back(rows, own, tape.route)
     del rows
-    yield back
+    yield Stop("dispatch", back)
     returned, sent_weights = back.wait()
-    return _one(tape.attend.backward(residual, hidden, returned, sent_weights, weights))
+    grad = _one(tape.attend.backward(residual, hidden, returned, sent_weights, weights))
+    yield Stop("attend")
+    return grad
 
 
 def _run(

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from kimi_pretrain.ops.fp8_tiles import dequantise_tiles
+
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` of rows that hold gate and up side by side.
@@ -17,6 +19,35 @@ def swiglu(gate_up: Tensor) -> Tensor:
         [..., width]. Backward keeps only ``gate_up``.
     """
     return _SwiGLU.apply(gate_up)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def swiglu_tiles(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``swiglu`` of rows that were stored as FP8 tiles (``ops.fp8_tiles``).
+
+    Args:
+        q: [..., 2 * width] float8_e4m3fn, gate first.
+        scale: [..., ceil(2 * width / 128)] fp32.
+        dtype: of the result, bf16 or fp32.
+
+    Returns:
+        [..., width], computed in fp32. Without a derivative: ``swiglu_tiles_backward`` is it.
+    """
+    return swiglu(dequantise_tiles(q, scale, torch.float32)).to(dtype)
+
+
+def swiglu_tiles_backward(grad: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    """Gradient of ``swiglu`` at rows that were stored as FP8 tiles.
+
+    Args:
+        grad: [..., width] of the result.
+        q: [..., 2 * width] float8_e4m3fn.
+        scale: [..., ceil(2 * width / 128)] fp32.
+
+    Returns:
+        [..., 2 * width] in grad's dtype, computed in fp32.
+    """
+    gate_up = dequantise_tiles(q, scale, torch.float32)
+    return _gradient(grad.to(torch.float32), gate_up).to(grad.dtype)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -31,13 +62,17 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        gate = _copy(gate)
-        grad = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad.chunk(2, dim=-1)
-        torch.mul(silu(gate), grads[0], out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(torch.mul(grads[0], up), gate))
-        return grad
+        return _gradient(grads[0], gate_up)
+
+
+def _gradient(grad: Tensor, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = _copy(gate)
+    grad_gate_up = torch.empty_like(gate_up)
+    grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+    torch.mul(silu(gate), grad, out=grad_up)
+    grad_gate.copy_(torch.ops.aten.silu_backward(torch.mul(grad, up), gate))
+    return grad_gate_up
 
 
 def _copy(half: Tensor) -> Tensor:

@@ -59,10 +59,11 @@ class BucketBuffers:
 
     def reduced(self) -> None:
         """Return when the group's sum is in ``gradient_shard``."""
-        if self._missing > 0:
+        if self._missing != 0:
+            wrong = "never came" if self._missing > 0 else "came after its reduction had begun"
             raise RuntimeError(
-                f"{self._missing} gradients of a bucket that holds "
-                f"{self.bucket.slots[0].spec.name} never came"
+                f"{abs(self._missing)} gradients of a bucket that holds "
+                f"{self.bucket.slots[0].spec.name} {wrong}"
             )
         if self._reduction is not None:
             self._reduction.wait()
@@ -142,7 +143,7 @@ class ShardedBuffers:
         """Return when every bucket's sum is in its shard.
 
         Raises:
-            RuntimeError: a parameter took no part in some microbatch.
+            RuntimeError: a parameter took no part in some microbatch, or twice in one.
         """
         for buffers in self.buckets:
             buffers.reduced()

@@ -19,6 +19,7 @@ What gloo lacks or does badly is settled here, once:
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -97,6 +98,7 @@ class Group:
         index: int = 0,
         process_group: Any = None,
         deadline: float = 600.0,
+        downwards: Any = None,
     ) -> None:
         """A group.
 
@@ -106,11 +108,15 @@ class Group:
             index: this rank's number among them.
             process_group: torch's group of these ranks; None for a group of one.
             deadline: seconds that an operation may take.
+            downwards: torch's group for messages to lower members; None: the same. NCCL runs
+                what two ranks send each other through one group strictly in the order in which
+                each was given it: two that post a receive before they send would block.
         """
         if len(ranks) > 1 and process_group is None:
             raise ValueError(f"{kind}: {len(ranks)} ranks need a process group")
         self.kind, self.ranks, self.index = kind, tuple(ranks), index
         self.process_group, self.deadline = process_group, deadline
+        self.downwards = process_group if downwards is None else downwards
         self.traffic = Traffic()
 
     @property
@@ -228,14 +234,16 @@ class Group:
         self.traffic.count("send", tensor.nbytes)
         return self._start(
             f"send to rank {self.ranks[to]}",
-            lambda: dist.isend(_plain(tensor), self.ranks[to], group=self.process_group),
+            lambda: dist.isend(_plain(tensor), self.ranks[to], group=self._way(self.index, to)),
         )
 
     def receive(self, tensor: Tensor, source: int) -> Handle:
         """Into ``tensor``, contiguous, what member number ``source`` sends."""
         return self._start(
             f"receive from rank {self.ranks[source]}",
-            lambda: dist.irecv(_plain(tensor), self.ranks[source], group=self.process_group),
+            lambda: dist.irecv(
+                _plain(tensor), self.ranks[source], group=self._way(source, self.index)
+            ),
         )
 
     def barrier(self) -> None:
@@ -256,12 +264,15 @@ class Group:
         rows = zip(texts.view(self.size, longest), lengths.tolist(), strict=True)
         return [bytes(row[:n].tolist()).decode() for row, n in rows]
 
-    @property
+    @cached_property  # torch looks the backend up for as long as a small send takes
     def device(self) -> torch.device:
         """Where tensors must be to travel through this group."""
         if self.size > 1 and dist.get_backend(self.process_group) == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
+
+    def _way(self, sender: int, receiver: int) -> Any:
+        return self.process_group if sender < receiver else self.downwards
 
     def _all_reduce(self, tensor: Tensor, operation: Any) -> Handle:
         if self.size == 1:

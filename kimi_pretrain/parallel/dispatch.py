@@ -71,17 +71,38 @@ class Flight(Generic[T]):
     """Rows on their way; ``wait`` gives what arrived, once."""
 
     def __init__(self, handles: Sequence[Handle], land: Callable[[], T]) -> None:
-        self._handles, self._land = handles, land
+        self._handles = handles
+        self._land: Callable[[], T] | None = land
+
+    @property
+    def flies(self) -> bool:
+        """Whether anything leaves this rank in a way that can be awaited."""
+        return bool(self._handles)
+
+    @property
+    def done(self) -> bool:
+        """Whether ``arrive`` would return at once."""
+        return all(handle.done for handle in self._handles)
+
+    def arrive(self) -> None:
+        """Return when everything is there; again and again without harm.
+
+        Raises:
+            PeerError: it did not come before the deadline.
+        """
+        for handle in self._handles:
+            handle.wait()
 
     def wait(self) -> T:
-        """What arrived.
+        """What arrived; the flight keeps nothing of it.
 
         Raises:
             PeerError: it did not before the deadline.
         """
-        for handle in self._handles:
-            handle.wait()
-        return self._land()
+        self.arrive()
+        land, self._land = self._land, None
+        assert land is not None, "a flight lands once"
+        return land()
 
 
 Rows = tuple[Tensor, Tensor | None]  # rows [rows, hidden], the weights that travel with them

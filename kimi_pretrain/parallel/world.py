@@ -77,8 +77,17 @@ def open_world(parallel: ParallelConfig) -> World:
         kind: _form(kind, topology.group(kind, place.rank), topology, deadline)
         for kind in ("ep", "pp", "edp", "dp")
     }
+    stages = topology.group("pp", place.rank)
+    downwards = _form("pp", stages, topology, deadline) if len(stages) > 1 else None
     groups = {
-        kind: _group(kind, topology.group(kind, place.rank), place.rank, made, deadline)
+        kind: _group(
+            kind,
+            topology.group(kind, place.rank),
+            place.rank,
+            made,
+            deadline,
+            downwards if kind == "pp" else None,
+        )
         for kind, made in formed.items()
     }
     everyone = _group(
@@ -124,11 +133,16 @@ def _form(kind: str, ranks: tuple[int, ...], topology: Topology, timeout: float)
 
 
 def _group(
-    kind: str, ranks: tuple[int, ...], rank: int, process_group: Any, deadline: float
+    kind: str,
+    ranks: tuple[int, ...],
+    rank: int,
+    process_group: Any,
+    deadline: float,
+    downwards: Any = None,
 ) -> Group:
     if len(ranks) == 1:
         return Group(kind, ranks)
-    return Group(kind, ranks, ranks.index(rank), process_group, deadline)
+    return Group(kind, ranks, ranks.index(rank), process_group, deadline, downwards)
 
 
 def _mesh(topology: Topology, device: torch.device, formed: dict[str, Any]) -> DeviceMesh:

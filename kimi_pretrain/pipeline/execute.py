@@ -14,6 +14,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +25,15 @@ from kimi_pretrain.model.record import StepRecord
 from kimi_pretrain.model.tape import ChunkTape, Steps, backward_steps, forward_steps
 from kimi_pretrain.ops.main_grad import Deferral
 from kimi_pretrain.parallel.collectives import Group
-from kimi_pretrain.parallel.dispatch import Dispatcher
+from kimi_pretrain.parallel.dispatch import Dispatcher, Flight
 from kimi_pretrain.parallel.errors import PeerError
-from kimi_pretrain.pipeline.actions import Action, Kind, Node, Overlap, Schedule
-from kimi_pretrain.pipeline.mailbox import Mailbox
+from kimi_pretrain.pipeline.actions import COMPUTE, Action, Kind, Node, Overlap, Schedule
+from kimi_pretrain.pipeline.mailbox import Key, Mailbox
+from kimi_pretrain.pipeline.timeline import ALL_TO_ALL, P2P
+from kimi_pretrain.pipeline.watch import Observe, Watch
 
-Products = list[Callable[[], None]]
-Observe = Callable[[str, str, str, float, float], None]  # node, resource, name, start, end
+Products = list[Callable[[], None]]  # matrix products that add weight gradients
+Waiting = list[tuple[str, Products]]  # those of one backward, by the phase that put them off
 
 
 @dataclass
@@ -62,7 +65,7 @@ class Executor:
             model: the chunks of the stages that the schedule places on this rank.
             dispatcher: to the experts.
             group: the ranks of this pipeline, in order.
-            observe: is told when what was computed and what flew.
+            observe: is told when what was computed and what flew; may change between steps.
         """
         self.schedule, self.model, self.dispatcher, self.group = schedule, model, dispatcher, group
         self.observe = observe
@@ -87,22 +90,36 @@ class Executor:
 
 
 @dataclass
+class _Strand:
+    """One microbatch on its way through a chunk."""
+
+    action: Action
+    steps: Steps
+    flight: Flight[Any] | None = None  # what is to arrive before it goes on
+
+    @property
+    def backward(self) -> bool:
+        return self.action.kind is not Kind.F
+
+
+@dataclass
 class _Step:
     """What lives as long as one step."""
 
     executor: Executor
     work: Work
     tapes: dict[tuple[int, int], ChunkTape] = field(default_factory=dict)
-    queued: dict[tuple[int, int], Products] = field(default_factory=dict)
-    held: Products = field(default_factory=list)  # the last layer's of a whole backward
-    node: str = ""
+    queued: dict[tuple[int, int], Waiting] = field(default_factory=dict)
+    # the last layer's of a whole backward, and the node it was in
+    held: tuple[str, Action, Waiting] | None = None
 
     def __post_init__(self) -> None:
         self.schedule, self.model = self.executor.schedule, self.executor.model
         self.dispatcher, self.deferral = self.executor.dispatcher, self.executor.deferral
         batches, width = self.work.microbatches, self.model.config.hidden_size
         shapes = [(*batch.tokens.shape, width) for batch in batches]
-        self.mail = Mailbox(self.executor.group, shapes, self.model.dtype)
+        self.mail = Mailbox(self.executor.group, shapes, self.model.dtype, self.schedule.stages)
+        self.watch = Watch(self.executor.observe)
         self.shared: dict[int, Microbatch] = {}
         self.loss = torch.zeros(
             (), dtype=self.work.record.max_logits.dtype, device=self.model.device
@@ -111,10 +128,9 @@ class _Step:
         self.forwards_left = len(mine) * self.schedule.microbatches
 
     def do(self, node: Node) -> None:
-        self.node = str(node)
-        kind = node.kind if isinstance(node, Action) else None
-        if self.held and kind not in (Kind.SEND_F, Kind.SEND_B):
-            self._compute_all(self.held, "W held back")
+        if isinstance(node, Overlap) or node.kind in COMPUTE:
+            self._compute_held()
+        self.watch.node = str(node)
         if isinstance(node, Overlap):
             self._overlap(node.forward, node.backward)
         else:
@@ -126,83 +142,127 @@ class _Step:
         Raises:
             RuntimeError: a weight gradient or a tensor between stages is left.
         """
-        self._compute_all(self.held, "W held back")
+        self._compute_held()
         self.mail.close()
+        self.watch.look()
         if self.queued or self.tapes:
             raise RuntimeError(f"left over: weights {[*self.queued]}, tapes {[*self.tapes]}")
 
     # --- the actions ----------------------------------------------------------------------
 
     def forward(self, action: Action) -> None:
-        self._drive([(action, self._forward(action))])
+        self._drive([_Strand(action, self._forward(action))])
 
     def backward_input(self, action: Action) -> None:
-        queue = self.queued.setdefault((action.stage, action.microbatch), [])
-        self._drive([(action, self._backward(action))], queue)
+        waiting = self.queued.setdefault((action.stage, action.microbatch), [])
+        self._drive([_Strand(action, self._backward(action))], waiting)
 
     def backward(self, action: Action) -> None:
-        self._drive([(action, self._backward(action))], self.held, at_once=True)
+        waiting: Waiting = []
+        self._drive([_Strand(action, self._backward(action))], waiting, at_once=True)
+        self.held = self.watch.node, action, waiting
 
     def weights(self, action: Action) -> None:
-        self._compute_all(self.queued.pop((action.stage, action.microbatch)), str(action))
+        started = perf_counter()
+        for _, products in self.queued.pop((action.stage, action.microbatch)):
+            _compute(products)
+        self.watch.computed(action, "weight", started)
 
     def send_activation(self, action: Action) -> None:
-        to = action.stage + 1
-        self.mail.send(("activation", to, action.microbatch), self._holder(to))
+        self._send(action, "activation", action.stage + 1)
 
     def receive_activation(self, action: Action) -> None:
-        key = ("activation", action.stage, action.microbatch)
-        self.mail.post(key, self._holder(action.stage - 1))
+        self._receive(action, "activation", action.stage - 1)
 
     def send_gradient(self, action: Action) -> None:
-        to = action.stage - 1
-        self.mail.send(("gradient", to, action.microbatch), self._holder(to))
+        self._send(action, "gradient", action.stage - 1)
 
     def receive_gradient(self, action: Action) -> None:
-        key = ("gradient", action.stage, action.microbatch)
-        self.mail.post(key, self._holder(action.stage + 1))
+        self._receive(action, "gradient", action.stage + 1)
 
     def _overlap(self, f: Action, b: Action) -> None:
         whole = b.kind is Kind.B
-        queue = self.held if whole else self.queued.setdefault((b.stage, b.microbatch), [])
-        pair = [(b, self._backward(b)), (f, self._forward(f))]
-        self._drive(pair, queue, at_once=whole)
+        waiting = [] if whole else self.queued.setdefault((b.stage, b.microbatch), [])
+        pair = [_Strand(b, self._backward(b)), _Strand(f, self._forward(f))]
+        self._drive(pair, waiting, at_once=whole)
+        if whole:
+            self.held = self.watch.node, b, waiting
+
+    # --- messages -------------------------------------------------------------------------
+
+    def _send(self, action: Action, what: str, to: int) -> None:
+        started = perf_counter()
+        leaving = self.mail.send((what, to, action.microbatch), self.schedule.placement[to])
+        self.watch.flies(P2P, action, "", started, leaving)
+
+    def _receive(self, action: Action, what: str, source: int) -> None:
+        started = perf_counter()
+        key = what, action.stage, action.microbatch
+        coming = self.mail.post(key, self.schedule.placement[source])
+        self.watch.flies(P2P, action, "", started, coming)
+
+    def _take(self, key: Key) -> Tensor:
+        tensor = self.mail.take(key)
+        self.watch.look()
+        return tensor
 
     # --- driving generators ---------------------------------------------------------------
 
     def _drive(
-        self,
-        running: list[tuple[Action, Steps]],
-        queue: Products | None = None,
-        at_once: bool = False,
+        self, strands: list[_Strand], waiting: Waiting | None = None, at_once: bool = False
     ) -> None:
         """Resume each in turn until all have ended.
 
-        ``queue`` takes the weight gradients that a backward puts off; ``at_once`` computes
-        them as soon as rows are flying, but for those of the last steps.
+        ``waiting`` takes the weight gradients that a backward puts off; ``at_once`` computes
+        them as soon as rows are flying, but for those of the last phases.
         """
-        while running:
-            for entry in list(running):
-                action, steps = entry
-                self.deferral.into = None if action.kind is Kind.F else queue
-                started = perf_counter()
-                try:
-                    next(steps)
-                except StopIteration as end:
-                    running.remove(entry)
-                    self._tell(str(action), started)
-                    self._finish(action, end.value)
-                    continue
-                finally:
-                    self.deferral.into = None
-                self._tell(str(action), started)
-                if at_once and queue and action.kind is not Kind.F:
-                    self._compute_all(queue, f"{action} W")
+        while strands:
+            for strand in list(strands):
+                if not self._go_on(strand, waiting if strand.backward else None):
+                    strands.remove(strand)
+                elif at_once and strand.backward and waiting:
+                    self._compute_waiting(strand.action, waiting)
+
+    def _go_on(self, strand: _Strand, waiting: Waiting | None) -> bool:
+        """Compute until rows fly again; False once it has ended."""
+        if strand.flight is not None:
+            strand.flight.arrive()
+            self.watch.look()
+        while True:
+            products: Products | None = None if waiting is None else []
+            self.deferral.into = products
+            started = perf_counter()
+            try:
+                phase, strand.flight = next(strand.steps)
+            except StopIteration as end:
+                self._finish(strand.action, end.value)
+                return False
+            finally:
+                self.deferral.into = None
+            if strand.flight is not None:
+                if strand.flight.flies:
+                    self.watch.flies(ALL_TO_ALL, strand.action, phase, started, strand.flight)
+                return True
+            self.watch.computed(strand.action, phase, started)
+            if waiting is not None and products:
+                waiting.append((phase, products))
+
+    def _compute_held(self) -> None:
+        if self.held is not None:
+            (self.watch.node, action, waiting), self.held = self.held, None
+            self._compute_waiting(action, waiting)
+
+    def _compute_waiting(self, action: Action, waiting: Waiting) -> None:
+        for phase, products in waiting:
+            started = perf_counter()
+            _compute(products)
+            self.watch.computed(action, f"{phase}.W", started)
+        waiting.clear()
 
     def _forward(self, action: Action) -> Steps:
         stage, number = action.stage, action.microbatch
         batch = self.work.microbatches[number]
-        x = batch.tokens if stage == 0 else self.mail.take(("activation", stage, number))
+        x = batch.tokens if stage == 0 else self._take(("activation", stage, number))
         chunk = self.model.chunks[stage]
         loss = None
         if stage == self.schedule.stages - 1:
@@ -224,7 +284,7 @@ class _Step:
         if stage == self.schedule.stages - 1:
             grad = torch.ones_like(self.loss)
         else:
-            grad = self.mail.take(("gradient", stage, number))
+            grad = self._take(("gradient", stage, number))
         return backward_steps(self.tapes.pop((stage, number)), grad, self.dispatcher)
 
     def _finish(self, action: Action, result: Tensor) -> None:
@@ -242,18 +302,6 @@ class _Step:
         if self.forwards_left == 0:
             self.work.forwards_done(self.loss)
 
-    def _compute_all(self, products: Products, name: str) -> None:
-        started = perf_counter()
-        with torch.no_grad():
-            for product in products:
-                product()
-        products.clear()
-        self._tell(name, started)
-
-    def _tell(self, name: str, started: float) -> None:
-        if self.executor.observe is not None:
-            self.executor.observe(self.node, "compute", name, started, perf_counter())
-
     def _microbatch(self, number: int) -> Microbatch:
         """Positions and documents of a microbatch, the same for every stage of this rank."""
         if number not in self.shared:
@@ -268,8 +316,11 @@ class _Step:
             )
         return self.shared[number]
 
-    def _holder(self, stage: int) -> int:
-        return self.schedule.placement[stage]
+
+@torch.no_grad()  # else a main gradient would become part of the forward's graph
+def _compute(products: Products) -> None:
+    for product in products:
+        product()
 
 
 _DO: Mapping[Kind, Callable[[_Step, Action], None]] = {

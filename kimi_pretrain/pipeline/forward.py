@@ -20,15 +20,23 @@ class ForwardPipeline:
     """Runs a rank's chunks without keeping anything for backward."""
 
     def __init__(
-        self, model: RankModel, dispatcher: Dispatcher, group: Group, vpp: int = 1
+        self,
+        model: RankModel,
+        dispatcher: Dispatcher,
+        group: Group,
+        placement: Sequence[int] = (0,),
     ) -> None:
-        """Forwards of ``model`` over the ranks of a pipeline, ``vpp`` stages on each."""
-        self.model, self.dispatcher, self.group, self.vpp = model, dispatcher, group, vpp
+        """Forwards of ``model`` over the ranks of a pipeline.
+
+        ``placement`` says which of them holds each stage, as the schedule that trains them does.
+        """
+        self.model, self.dispatcher, self.group = model, dispatcher, group
+        self.placement = placement
 
     @property
     def ends_here(self) -> bool:
         """Whether the last stage is on this rank."""
-        return self.group.size * self.vpp - 1 in self.model.chunks
+        return len(self.placement) - 1 in self.model.chunks
 
     @torch.no_grad()
     def run(
@@ -48,9 +56,10 @@ class ForwardPipeline:
         Raises:
             PeerError: another rank failed or did not answer in time.
         """
-        schedule = insert_p2p(forward_only(self.group.size, self.vpp, len(batches)))
+        pp, vpp = self.group.size, len(self.placement) // self.group.size
+        schedule = insert_p2p(forward_only(pp, vpp, len(batches), placement=self.placement))
         shapes = [(*batch.tokens.shape, self.model.config.hidden_size) for batch in batches]
-        mail = Mailbox(self.group, shapes, self.model.dtype)
+        mail = Mailbox(self.group, shapes, self.model.dtype, schedule.stages)
         for node in schedule.ranks[self.group.index]:
             assert isinstance(node, Action)
             stage, number = node.stage, node.microbatch

@@ -19,15 +19,19 @@ Key = tuple[str, int, int]  # "activation" or "gradient", stage that takes it, m
 class Mailbox:
     """What has arrived for this rank's stages, and what is still leaving."""
 
-    def __init__(self, group: Group, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> None:
+    def __init__(
+        self, group: Group, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, most: int
+    ) -> None:
         """A mailbox.
 
         Args:
             group: the ranks of this pipeline.
             shapes: of the tensor between stages of each microbatch, [batch, length, hidden].
             dtype: likewise.
+            most: messages that may be leaving at once; one more waits for the oldest. Whoever
+                receives posts what a verified schedule sends even if every send waited.
         """
-        self.group, self.shapes, self.dtype = group, shapes, dtype
+        self.group, self.shapes, self.dtype, self.most = group, shapes, dtype, most
         self._here: dict[Key, tuple[Tensor, Handle]] = {}
         self._leaving: deque[tuple[Handle, Tensor]] = deque()
 
@@ -35,17 +39,27 @@ class Mailbox:
         """Something for a stage of this rank, made here; or something that is to leave."""
         self._here[key] = tensor, Handle()
 
-    def post(self, key: Key, source: int) -> None:
+    def post(self, key: Key, source: int) -> Handle:
         """Start to receive what member ``source`` of the group sends for ``key``."""
         buffer = torch.empty(self.shapes[key[2]], dtype=self.dtype, device=self.group.device)
-        self._here[key] = buffer, self.group.receive(buffer, source)
+        handle = self.group.receive(buffer, source)
+        self._here[key] = buffer, handle
+        return handle
 
-    def send(self, key: Key, to: int) -> None:
-        """Start to send what was put for ``key`` to member ``to``."""
+    def send(self, key: Key, to: int) -> Handle:
+        """Start to send what was put for ``key`` to member ``to``.
+
+        Raises:
+            PeerError: an older message did not leave before the deadline.
+        """
         tensor = self.take(key).contiguous()
-        self._leaving.append((self.group.send(tensor, to), tensor))
-        while self._leaving and self._leaving[0][0].done:
+        handle = self.group.send(tensor, to)
+        self._leaving.append((handle, tensor))
+        # A gloo send is not done before it is awaited, however long ago it left.
+        while self._leaving and (len(self._leaving) > self.most or self._leaving[0][0].done):
+            self._leaving[0][0].wait()
             self._leaving.popleft()
+        return handle
 
     def take(self, key: Key) -> Tensor:
         """What is here for ``key``, once it has arrived.

@@ -6,7 +6,7 @@ number and in the passes that follow. Only compute actions are made here; `inser
 `insert_offload` add the rest.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.nearest import nearest_name
@@ -106,15 +106,27 @@ def zb_h1(pp: int, vpp: int, microbatches: int) -> Schedule:
     return split_weight_grad(plain, delay=range(pp))
 
 
-def forward_only(pp: int, vpp: int, microbatches: int, group_size: int | None = None) -> Schedule:
-    """The forwards of `interleaved_1f1b` alone: held-out evaluation. Nothing is kept."""
+def forward_only(
+    pp: int,
+    vpp: int,
+    microbatches: int,
+    group_size: int | None = None,
+    placement: Sequence[int] | None = None,
+) -> Schedule:
+    """The forwards of `interleaved_1f1b` alone: held-out evaluation. Nothing is kept.
+
+    With any ``placement`` ([pp * vpp] the rank of each stage; None: round and round): a group
+    goes through a rank's stages in ascending order, so no rank can block another.
+    """
     check_shape(pp, vpp, microbatches, group_size)
+    holders = looped_placement(pp, vpp) if placement is None else tuple(placement)
+    held = [[stage for stage, holder in enumerate(holders) if holder == r] for r in range(pp)]
     order = list(_order(vpp, microbatches, group_size or pp))
     ranks = tuple(
-        tuple(Action(Kind.F, chunk * pp + rank, microbatch) for chunk, microbatch in order)
-        for rank in range(pp)
+        tuple(Action(Kind.F, stages[chunk], microbatch) for chunk, microbatch in order)
+        for stages in held
     )
-    return Schedule("forward_only", pp, vpp, microbatches, ranks, looped_placement(pp, vpp))
+    return Schedule("forward_only", pp, vpp, microbatches, ranks, holders)
 
 
 Generator = Callable[[int, int, int], Schedule]

@@ -25,6 +25,7 @@ RESOURCES: Final = (COMPUTE, ALL_TO_ALL, P2P, COPY)
 
 Span = tuple[float, float]
 
+_MESSAGE = re.compile(r"([0-9]+)(SEND|RECV)_([FB])([0-9]+)")
 _ACTION = re.compile(r"[0-9]+[A-Z_]+[0-9]+( [\w.]+)?")
 
 
@@ -201,17 +202,45 @@ class TraceRows:
         self.close()
 
 
+def messages(intervals: Iterable[Interval]) -> list[Interval]:
+    """``intervals`` with every message once, its sender's, where both ends have a row.
+
+    It is under way once it is sent and somebody receives it, until either end knows that it is
+    done: a gloo rank does not before it waits, which one that sends does last of all.
+    """
+    rest: list[Interval] = []
+    sent: list[tuple[tuple[int, str, str], Interval]] = []
+    received: dict[tuple[int, str, str], Interval] = {}  # by stage that sent, direction, number
+    for interval in intervals:
+        message = _MESSAGE.fullmatch(interval.name)
+        if message is None:
+            rest.append(interval)
+            continue
+        stage, end, direction, microbatch = message.groups()
+        if end == "SEND":
+            sent.append(((int(stage), direction, microbatch), interval))
+        else:
+            source = int(stage) + (-1 if direction == "F" else 1)
+            received[source, direction, microbatch] = interval
+    for key, interval in sent:
+        other = received.get(key, interval)
+        start = max(interval.start, other.start)
+        rest.append(interval._replace(start=start, end=max(start, min(interval.end, other.end))))
+    return rest
+
+
 def read_rows(directory: Path, name: str = "measured") -> Timeline:
-    """The measured step whose rows lie in ``directory``, on one clock that starts at 0.
+    """The measured step whose rows lie in ``directory``, on one clock that starts at 0; see
+    ``messages``.
 
     Raises ConfigError where there are none, where a rank's file is missing, or where a row
     is not one of TraceRows'.
     """
     paths = sorted(directory.glob("rank-*.jsonl"))
-    rows = [interval for path in paths for interval in _read(path)]
+    rows = messages(interval for path in paths for interval in _read(path))
     if not rows:
         rule = "a trace holds rank-*.jsonl with at least one interval"
-        raise ConfigError("trace", str(directory), rule, "a run that was traced")
+        raise ConfigError("trace", str(directory), rule, "training with logging.trace_step=3")
     pp = 1 + max(interval.rank for interval in rows)
     if len(paths) != pp:
         rule = f"its rows are of ranks up to {pp - 1}, and {len(paths)} files are there"

@@ -12,6 +12,7 @@ from kimi_pretrain.pipeline.passes import insert_offload, insert_p2p
 from kimi_pretrain.pipeline.schedules import generate, one_f_one_b
 from kimi_pretrain.pipeline.shape import looped_placement, v_placement
 from kimi_pretrain.pipeline.transfers import has_p2p
+from kimi_pretrain.pipeline.verify import verify
 from kimi_pretrain.plan.stages import split_layers
 
 
@@ -39,25 +40,31 @@ def run_schedule(config: Config, *, offloads: bool = False) -> RunSchedule:
     """
     # Policies that no run has yet can be planned.
     validate_training(replace(config, activation=ActivationConfig()))
-    parallel = config.parallel
-    layers = split_layers(config.model, parallel)
-    microbatches = microbatches_of(config)
-    if parallel.schedule_file is not None:
-        schedule = _read(Path(parallel.schedule_file))
-        shape = schedule.pp, schedule.vpp, schedule.microbatches
-        wanted = parallel.pp, parallel.vpp, microbatches
-        if shape != wanted:
-            rule = "its ranks, stages a rank and microbatches are the run's, {} x {} x {}"
-            fix = "parallel.pp={} parallel.vpp={} and {} microbatches".format(*shape)
-            given = "{} x {} x {}".format(*shape)
-            raise ConfigError("parallel.schedule_file", given, rule.format(*wanted), fix)
-    elif parallel.schedule == "none":
-        schedule = one_f_one_b(1, 1, microbatches)
-    else:
-        schedule = generate(parallel.schedule, parallel.pp, parallel.vpp, microbatches)
-    if not has_p2p(schedule):
-        schedule = insert_p2p(schedule)
+    layers = split_layers(config.model, config.parallel)
+    schedule = with_messages(named_schedule(config))
     return RunSchedule(insert_offload(schedule) if offloads else schedule, tuple(layers))
+
+
+def named_schedule(config: Config) -> Schedule:
+    """The schedule that ``config`` names, or the one in the file that it names.
+
+    Args:
+        config: settled.
+
+    Raises:
+        ConfigError: no such schedule for this shape, or a file of one that cannot run.
+    """
+    parallel, microbatches = config.parallel, microbatches_of(config)
+    if parallel.schedule_file is not None:
+        return _read(Path(parallel.schedule_file), config)
+    if parallel.schedule == "none":
+        return one_f_one_b(1, 1, microbatches)
+    return generate(parallel.schedule, parallel.pp, parallel.vpp, microbatches)
+
+
+def with_messages(schedule: Schedule) -> Schedule:
+    """A schedule with sends and receives: those that are in it, or ours."""
+    return schedule if has_p2p(schedule) else insert_p2p(schedule)
 
 
 def microbatches_of(config: Config) -> int:
@@ -76,11 +83,20 @@ def rank_stages(config: Config) -> list[list[int]]:
     return [[s for s, place in enumerate(placement) if place == rank] for rank in range(pp)]
 
 
-def _read(path: Path) -> Schedule:
+def _read(path: Path, config: Config) -> Schedule:
+    key = "parallel.schedule_file"
     try:
         rows = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         rule = f"it is a readable text file ({error})"
-        key = "parallel.schedule_file"
         raise ConfigError(key, str(path), rule, "parallel.schedule=k2") from error
-    return Schedule.from_text([row for row in rows if row.strip()], path.name)
+    schedule = Schedule.from_text([row for row in rows if row.strip()], path.name)
+    parallel = config.parallel
+    have = (schedule.pp, schedule.vpp, schedule.microbatches)
+    want = (parallel.pp, parallel.vpp, microbatches_of(config))
+    if have != want:
+        rule = "its ranks, stages a rank and microbatches are the run's, {} x {} x {}"
+        fix = f"parallel.pp={have[0]} parallel.vpp={have[1]} and {have[2]} microbatches"
+        raise ConfigError(key, "{} x {} x {}".format(*have), rule.format(*want), fix)
+    verify(schedule)  # before messages are put in: positions are the file's
+    return schedule

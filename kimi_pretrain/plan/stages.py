@@ -20,6 +20,14 @@ def split_layers(model: ModelConfig, parallel: ParallelConfig) -> list[range]:
         ConfigError: more stages than layers.
     """
     stages = parallel.pp * parallel.vpp
+    if parallel.vpp > 1 and stages > model.num_hidden_layers:
+        most = model.num_hidden_layers // parallel.pp
+        raise ConfigError(
+            "parallel.pp x parallel.vpp",
+            stages,
+            f"a stage holds at least one of the model's {model.num_hidden_layers} layers",
+            f"parallel.vpp={most}" if most else f"parallel.pp={model.num_hidden_layers}",
+        )
     if parallel.layer_split == "even":
         return stage_layers(model.num_hidden_layers, stages)
     attention = attention_parameters(model)

@@ -7,7 +7,7 @@ from statistics import median
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.pipeline.actions import Kind, Schedule
 from kimi_pretrain.pipeline.costs import Costs, Extra, Phases
-from kimi_pretrain.pipeline.timeline import COMPUTE, COPY, P2P, Interval, Timeline
+from kimi_pretrain.pipeline.timeline import ALL_TO_ALL, COMPUTE, COPY, P2P, Interval, Timeline
 
 
 def measured_schedule(timeline: Timeline, name: str = "planned") -> Schedule:
@@ -34,24 +34,27 @@ def measured_costs(timeline: Timeline, layers: tuple[int, ...] | None = None) ->
         ConfigError: no phase of a layer was measured.
     """
     layers = layers or _layers(timeline)
-    seconds: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+    computed: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+    flown: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     for stage, kind, phase, interval in _parsed(timeline):
         # One interval for all layers of a stage counts for each of them.
         parts = layers[stage] if kind in (Kind.W, Kind.OFFLOAD, Kind.PREFETCH) else 1
         # B has the phases of I, and those of W under names of their own.
         kind = Kind.I if kind == Kind.B else kind
         key = (P2P, "") if interval.resource == P2P else (kind, phase)
+        seconds = flown if interval.resource in (ALL_TO_ALL, P2P) else computed
         seconds[key].append((interval.end - interval.start) / parts)
 
     def middle(kind: Kind, phase: str = "") -> float:
-        return median(seconds.get((kind, phase), [0.0]))
+        return median(computed.get((kind, phase), [0.0]))
 
     def least(kind: str, phase: str = "") -> float:
-        return min(seconds.get((kind, phase), [0.0]))
+        return min(flown.get((kind, phase), [0.0]))
 
     def phases(kind: Kind) -> Phases:
         return Phases(
-            middle(kind, "attend"),
+            # The weighted sum of what came back is computed beside the next layer's attention.
+            middle(kind, "attend") + middle(kind, "combine"),
             least(kind, "dispatch"),
             middle(kind, "expert"),
             least(kind, "combine"),
@@ -67,7 +70,7 @@ def measured_costs(timeline: Timeline, layers: tuple[int, ...] | None = None) ->
         # Either W is an action of its own, or it is part of B; a run has one of the two.
         Phases(
             attend=middle(Kind.W, "weight") or middle(Kind.I, "attend.W"),
-            expert=0.0 if (Kind.W, "weight") in seconds else middle(Kind.I, "expert.W"),
+            expert=0.0 if (Kind.W, "weight") in computed else middle(Kind.I, "expert.W"),
         ),
         extra("embedding"),
         extra("head"),

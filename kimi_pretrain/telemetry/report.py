@@ -1,5 +1,6 @@
 """A run on one page: figures as PNG files, and an HTML page that holds them all."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ def write_report(run_dir: Path) -> Path:
     """
     from kimi_pretrain.telemetry.page import render
 
+    # matplotlib tells at its first use that it looks for fonts; Hydra's root logger prints that.
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     run = read_run(run_dir)
     directory = run_dir / "report"
     directory.mkdir(exist_ok=True)

@@ -190,6 +190,8 @@ def _train(config: Config) -> int:
     # Read by OpenMP when torch loads it. Threads that spin for milliseconds at the end of each
     # small operation stop one another whenever anything else wants a core.
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    # When one rank gives up, torch's sockets warn of it on all the others.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from kimi_pretrain.train.loop import train  # torch: only once the configuration is good
 
     return train(config)

@@ -7,7 +7,7 @@ weights, the optimizer state and one integer, and continues bitwise.
 
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
 from kimi_pretrain.config import exit_codes
@@ -25,6 +25,7 @@ from kimi_pretrain.train.guards import (
 from kimi_pretrain.train.metrics import evaluation_row, layers_row, step_row
 from kimi_pretrain.train.run import Run, open_run
 from kimi_pretrain.train.step import StepResult
+from kimi_pretrain.train.trace import traced
 
 
 def train(config: Config) -> int:
@@ -62,7 +63,8 @@ def _steps(run: Run, stop: StopRequest) -> tuple[int, Evaluation | None]:
     evaluation = None
     for step, batch, started in _batches(run):
         rate = learning_rate(every, run.config.optimizer.lr, run.tokens_per_step, step - 1)
-        result = run.train_step.run(step, batch, rate, stop.__bool__)
+        with _trace(run, step):
+            result = run.train_step.run(step, batch, rate, stop.__bool__)
         # Several ranks stop together, at the step for which one of them asked in time.
         stopping = bool(stop) if run.world.size == 1 else result.stop
         _log_step(run, step, result, rate, time.perf_counter() - started)
@@ -84,6 +86,12 @@ def _steps(run: Run, stop: StopRequest) -> tuple[int, Evaluation | None]:
             )
             return exit_codes.SIGNAL, None
     return exit_codes.DONE, evaluation
+
+
+def _trace(run: Run, step: int) -> AbstractContextManager[None]:
+    if step != run.config.logging.trace_step:
+        return nullcontext()
+    return traced(run.train_step.executor, run.world, run.directory / "trace")
 
 
 def _batches(run: Run) -> Iterator[tuple[int, Batch, float]]:

@@ -154,7 +154,10 @@ def open_run(config: Config, world: World) -> Run:
         ),
         train_step=train_step,
         forward=ForwardPipeline(
-            train_step.model, train_step.dispatcher, world.pp, config.parallel.vpp
+            train_step.model,
+            train_step.dispatcher,
+            world.pp,
+            train_step.executor.schedule.placement,
         ),
         writer=CheckpointWriter(
             directory / "checkpoints",
@@ -175,6 +178,7 @@ def open_run(config: Config, world: World) -> Run:
     )
     together(world, lambda: _require_heldout(run))
     together(world, lambda: _require_samples(run))
+    together(world, lambda: _require_traced_step(run))
     console.start(run.total_steps, first_step, _facts(run, dtype, device))
     return run
 
@@ -191,7 +195,8 @@ def _facts(run: Run, dtype: torch.dtype, device: torch.device) -> dict[str, str]
         "steps": f"{run.total_steps:,} x {run.tokens_per_step:,} tokens = {written(tokens)}",
         **_ranks(run),
         "precision": f"{str(dtype).removeprefix('torch.')} on {device}, "
-        f"{torch.get_num_threads()} threads, matmul peak {run.peak_flops / 1e9:,.0f} GFLOP/s",
+        f"{_counted(torch.get_num_threads(), 'thread')} a rank, "
+        f"matmul peak {run.peak_flops / 1e9:,.0f} GFLOP/s",
     }
 
 
@@ -202,8 +207,12 @@ def _ranks(run: Run) -> dict[str, str]:
     stages = f"{topology.pp} x {run.config.parallel.vpp} stages, " if topology.pp > 1 else ""
     return {
         "ranks": f"{topology.world}: {stages}{topology.dp} replicas of the dense parameters, "
-        f"experts over {topology.ep}, {topology.edp} replicas of each"
+        f"experts over {topology.ep}, {_counted(topology.edp, 'replica')} of each"
     }
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _data(config: Config, world: World) -> PreparedData:
@@ -216,10 +225,14 @@ def _data(config: Config, world: World) -> PreparedData:
 
 
 def _peak_flops(config: Config, world: World, dtype: torch.dtype) -> float:
-    """Of all ranks together; measured on the first, which alone reports it."""
+    """Of all ranks together, measured on all at once: ranks of one machine share its cores."""
     if config.cluster.peak_flops:
         return config.cluster.peak_flops * world.size
-    return measure_matmul_peak(dtype, world.device) * world.size if world.is_first else 1.0
+    world.everyone.barrier()
+    peak = torch.tensor([measure_matmul_peak(dtype, world.device)], dtype=torch.float64)
+    peak = peak.to(world.device)
+    world.everyone.all_reduce_sum(peak).wait()
+    return float(peak)
 
 
 def _lock(directory: Path) -> ExitStack:
@@ -263,6 +276,13 @@ def _require_samples(run: Run) -> None:
             f"the schedule reads {run.total_steps * run.tokens_per_step}",
             "a last mixture stage without `tokens`, which stays open",
         )
+
+
+def _require_traced_step(run: Run) -> None:
+    traced, last = run.config.logging.trace_step, run.total_steps
+    if traced is not None and traced > last:
+        rule = f"the step to trace is one of the run's, 1 to {last}"
+        raise ConfigError("logging.trace_step", traced, rule, f"logging.trace_step={last}")
 
 
 def _require_vocabulary(config: Config, data: PreparedData) -> None:

@@ -62,7 +62,7 @@ MISTAKES = {
     "seed=1,2": "-m seed=1,2",
     "hydra.foo=1": "hydra.foo=VALUE",
     "hydra/launcher=nope": "hydra/launcher=basic",
-    "experiment=[1,2]": "experiment=deepseek_v3",
+    "experiment=[1,2]": "experiment=",
     "~schedule": "schedule.global_batch_size=",
 }
 

@@ -95,9 +95,11 @@ IN_ONE_GROUP: list[tuple[str, dict[str, Any], str, str]] = [
     ("logging", {"wandb_mode": "onlin"}, "logging.wandb_mode", "=online"),
     ("logging", {"console_interval": 0}, "logging.console_interval", "=1"),
     ("logging", {"layer_interval": 0}, "logging.layer_interval", "=1"),
+    ("logging", {"trace_step": 0}, "logging.trace_step", "=1"),
     ("parallel", {"dp": 0}, "parallel.dp", "parallel.dp=1"),
     ("parallel", {"dp": 6, "ep": 4}, "parallel.dp", "parallel.dp=8"),
     ("parallel", {"dp": 5, "ep": 5}, "parallel.ep", "parallel.ep=4"),
+    ("parallel", {"dp": 1, "ep": 5}, "parallel.ep", "parallel.ep=4"),
     ("parallel", {"schedule": "interleaved"}, "parallel.schedule", "=interleaved_1f1b"),
     ("parallel", {"layer_split": "evn"}, "parallel.layer_split", "=even"),
     ("parallel", {"dense_sharding": "flatt"}, "parallel.dense_sharding", "=flat"),
@@ -111,7 +113,8 @@ IN_ONE_GROUP: list[tuple[str, dict[str, Any], str, str]] = [
 ONLY_PLANNED: list[tuple[str, dict[str, Any], str, str]] = [
     ("parallel", {"pp": 2}, "parallel.schedule", "parallel.schedule=k2"),
     ("parallel", {"vpp": 2}, "parallel.schedule", "parallel.schedule=k2"),
-    ("parallel", {"dp": 3}, "schedule.global_batch_size", "schedule.global_batch_size=24"),
+    ("parallel", {"dp": 3}, "schedule.global_batch_size", "schedule.global_batch_size=9"),
+    ("parallel", {"dp": 2}, "schedule.micro_batch_size", "schedule.micro_batch_size=4"),
     ("activation", {"policy": "k2"}, "activation.policy", "=none"),
 ]
 

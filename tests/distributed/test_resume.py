@@ -15,7 +15,9 @@ STEPS, HALF = 6, 3
 TIMING = {"step_seconds", "tokens_per_second", "mfu"}
 
 
-def train_as_rank(rank: int, world_size: int, run_dir: str, ep: int, steps: int) -> int:
+def train_as_rank(
+    rank: int, world_size: int, run_dir: str, ep: int, steps: int, pp: int = 1, vpp: int = 1
+) -> int:
     """The whole program on this rank; its exit code."""
     from kimi_pretrain.train.loop import train
 
@@ -37,8 +39,11 @@ def train_as_rank(rank: int, world_size: int, run_dir: str, ep: int, steps: int)
                 "logging.report=false",
                 "logging.console=off",
                 f"run_dir={run_dir}",
-                f"parallel.dp={world_size}",
+                f"parallel.dp={world_size // pp}",
                 f"parallel.ep={ep}",
+                f"parallel.pp={pp}",
+                f"parallel.vpp={vpp}",
+                f"parallel.schedule={'none' if pp == 1 else 'k2'}",
                 "parallel.bucket_elements=5000",
             ]
         )
@@ -160,3 +165,22 @@ def test_another_layout_goes_on_with_the_same_losses(
         assert ours["domains"] == pytest.approx(theirs["domains"], rel=1e-9)
     loads = [_rows(path, "layers.jsonl")[-1]["expert_load"] for path in (run_dir, uninterrupted)]
     assert loads[0] == loads[1]
+
+
+def test_another_pipeline_goes_on_with_the_same_losses(tmp_path: Path, uninterrupted: Path) -> None:
+    """Catches a stage's tensors that another cut of the layers does not find: two ranks of two
+    stages, then one process, then four stages."""
+    run_dir = tmp_path / "run"
+    for world, ep, steps, pp, vpp in [(4, 2, 2, 2, 2), (1, 1, 4, 1, 1), (4, 1, STEPS, 4, 1)]:
+        (run_dir / "summary.json").unlink(missing_ok=True)
+        arguments = (str(run_dir), ep, steps, pp, vpp)
+        assert run_ranks(world, train_as_rank, *arguments, timeout=240) == [0] * world
+    got, want = _rows(run_dir, "metrics.jsonl"), _rows(uninterrupted, "metrics.jsonl")
+    assert [row["step"] for row in got] == list(range(1, STEPS + 1))
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9), ours["step"]
+    ours, theirs = (_rows(path, "evals.jsonl")[-1] for path in (run_dir, uninterrupted))
+    assert ours["step"] == theirs["step"] == STEPS
+    assert ours["heldout_loss"] == pytest.approx(theirs["heldout_loss"], rel=1e-9)
+    summaries = [json.loads((d / "summary.json").read_text()) for d in (run_dir, uninterrupted)]
+    assert summaries[0]["sample"] == summaries[1]["sample"]

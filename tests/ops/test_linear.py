@@ -23,7 +23,7 @@ def test_a_wide_input_widens_the_product() -> None:
     weight = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
     result = linear(x, weight)
     assert result.dtype == torch.float32
-    assert float(result) == 1 + 2.0**-9
+    assert result.item() == 1 + 2.0**-9
 
 
 def test_no_gradient_is_computed_that_nobody_wants() -> None:

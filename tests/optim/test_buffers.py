@@ -134,3 +134,14 @@ def test_nonfinite_contributions_are_told_from_the_sum() -> None:
     assert buffers.nonfinite() == []
     bucket.gradients[13] = float("inf")  # in the other's: this rank's own
     assert buffers.nonfinite() == ["first.weight"]
+
+
+def test_a_gradient_after_the_reduction_began_is_an_error() -> None:
+    """Catches a weight gradient that is computed twice: the second is missing from the sum, or
+    is in it, as the transfer happens to read it."""
+    model, buffers = _buffers([])
+    buffers.expect(1)
+    for _ in range(2):
+        model.second(model.first(torch.randn(3, 4, dtype=torch.float64))).sum().backward()
+    with pytest.raises(RuntimeError, match="came after its reduction had begun"):
+        buffers.reduced()

@@ -1,10 +1,14 @@
 """Sorting slots by expert, the one-rank dispatcher, and the order of what arrives."""
 
+import weakref
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_pretrain.parallel.dispatch import LocalDispatcher, expert_order, plan_dispatch
+from kimi_pretrain.parallel.collectives import Handle
+from kimi_pretrain.parallel.dispatch import Flight, LocalDispatcher, expert_order, plan_dispatch
 
 
 def test_plan_sorts_slots_by_expert_and_back() -> None:
@@ -61,3 +65,40 @@ def test_arrived_rows_are_sorted_by_expert_then_by_sender(counts: list[list[int]
     ]
     order = expert_order(arriving).tolist()
     assert [labels[i] for i in order] == sorted(labels)
+
+
+class _Awaited(Handle):
+    """Done once it has been awaited; says how often."""
+
+    waits = 0
+
+    @property
+    def done(self) -> bool:
+        return self.waits > 0
+
+    def wait(self) -> None:
+        self.waits += 1
+
+
+def test_a_flight_lands_once_and_keeps_nothing() -> None:
+    """Catches arrived rows that live on, in arrival order, as long as a layer's forward: whoever
+    started a flight still has it in a variable."""
+    handles = [_Awaited(), _Awaited()]
+    rows = torch.ones(3)
+    alive = weakref.ref(rows)
+
+    def land(rows: torch.Tensor = rows) -> torch.Tensor:
+        return rows * 2
+
+    flight = Flight(handles, land)
+    del rows, land
+    assert flight.flies
+    assert not flight.done
+    flight.arrive()
+    assert flight.done
+    assert alive() is not None
+    assert torch.equal(flight.wait(), torch.full((3,), 2.0))
+    assert alive() is None
+    with pytest.raises(AssertionError, match="lands once"):
+        flight.wait()
+    assert not Flight((), lambda: None).flies

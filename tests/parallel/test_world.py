@@ -60,6 +60,39 @@ def test_every_group_has_the_topologys_ranks(pp: int, ep: int, dp: int) -> None:
         assert found["everyone"][2] == 2**topology.world - 1
 
 
+def _exchange(rank: int, size: int) -> dict[int, tuple[bool, float]]:
+    """With each other stage: whether the two directions share a process group; what came."""
+    group = open_world(ParallelConfig(pp=size)).pp
+    used: dict[str, object] = {}
+    isend, irecv = torch.distributed.isend, torch.distributed.irecv
+
+    def sending(tensor: torch.Tensor, to: int, group: object) -> object:
+        used["send"] = group
+        return isend(tensor, to, group=group)
+
+    def receiving(tensor: torch.Tensor, source: int, group: object) -> object:
+        used["receive"] = group
+        return irecv(tensor, source, group=group)
+
+    torch.distributed.isend, torch.distributed.irecv = sending, receiving
+    found = {}
+    for peer in range(size):
+        if peer != rank:
+            came = torch.zeros(1)
+            flights = [group.receive(came, peer), group.send(torch.tensor([10.0 * rank]), peer)]
+            for flight in flights:
+                flight.wait()
+            found[peer] = (used["send"] is used["receive"], float(came))
+    return found
+
+
+def test_stages_have_a_process_group_a_direction() -> None:
+    """Catches two neighbours that block each other on NCCL, where what two ranks exchange through
+    one group runs in the order in which each was given it: both post a receive, then send."""
+    for rank, found in enumerate(run_ranks(3, _exchange)):
+        assert found == {peer: (False, 10.0 * peer) for peer in range(3) if peer != rank}
+
+
 def _nothing(rank: int, size: int) -> int:
     return rank
 

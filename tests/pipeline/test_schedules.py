@@ -205,6 +205,14 @@ def test_forward_only() -> None:
     verify(schedule, forward_only=True)
 
 
+@pytest.mark.parametrize("placement", [(0, 1, 1, 0), (0, 0, 1, 1), (1, 0, 1, 0)])
+def test_forward_only_goes_where_the_stages_lie(placement: tuple[int, ...]) -> None:
+    """Catches held-out batches sent to ranks that a looped schedule would have used."""
+    schedule = forward_only(2, 2, 5, placement=placement)
+    assert schedule.placement == placement
+    verify(insert_p2p(schedule), forward_only=True)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -17,6 +17,7 @@ from kimi_pretrain.pipeline.timeline import (
     Timeline,
     TraceRows,
     merged,
+    messages,
     read_rows,
     without,
 )
@@ -97,6 +98,36 @@ def test_the_form_of_the_rows(tmp_path: Path) -> None:
         "start": 1.0,
         "end": 3.0,
     }
+
+
+def test_a_message_is_under_way_between_its_two_ends() -> None:
+    """Catches a gloo sender's message that seems to take until the step's end, and one that
+    travels before anybody receives."""
+
+    def row(rank: int, name: str, start: float, end: float) -> Interval:
+        return Interval(rank, name, P2P, name, start, end)
+
+    alone = row(1, "1SEND_B2", 7, 8)
+    compute = Interval(0, "0F0", COMPUTE, "0F0 attend", 0, 1)
+    found = messages(
+        [
+            row(1, "1RECV_F0", 3, 5),
+            compute,
+            row(0, "0SEND_F0", 1, 90),
+            row(0, "0RECV_B1", 2, 90),
+            row(1, "1SEND_B1", 4, 6),
+            row(0, "0SEND_F3", 1, 90),
+            row(1, "1RECV_F3", 0, 0.5),  # clocks that do not quite agree
+            alone,
+        ]
+    )
+    assert found == [
+        compute,
+        row(0, "0SEND_F0", 3, 5),
+        row(1, "1SEND_B1", 4, 6),
+        row(0, "0SEND_F3", 1, 1),
+        alone,
+    ]
 
 
 HEADER = '{"clock_offset": 0}\n'

@@ -10,7 +10,7 @@ from kimi_pretrain.pipeline.costs import Costs, Extra, Phases
 from kimi_pretrain.pipeline.passes import insert_offload, insert_p2p
 from kimi_pretrain.pipeline.schedules import gpipe, interleaved_1f1b, k2
 from kimi_pretrain.pipeline.simulate import simulate
-from kimi_pretrain.pipeline.timeline import ALL_TO_ALL, Timeline
+from kimi_pretrain.pipeline.timeline import ALL_TO_ALL, COMPUTE, Timeline
 from kimi_pretrain.telemetry.measured_costs import measured_costs, measured_schedule
 
 COSTS = Costs(
@@ -58,6 +58,19 @@ def test_waiting_is_not_a_cost() -> None:
         for rank in timeline.ranks
     )
     assert measured_costs(Timeline("late", late)) == COSTS
+
+
+def test_combining_computes_too() -> None:
+    """Catches the weighted sum of rows, which is computed, taken for the rows' way back."""
+    timeline = simulate(gpipe(2, 1, 2), replace(COSTS, layers=(2, 2)))
+    first = timeline.ranks[0][0]
+    sums = [
+        first._replace(resource=COMPUTE, name=f"{action} combine", start=0.0, end=0.25)
+        for action in ("0F0", "0F1", "0B0", "0B1")
+    ]
+    found = measured_costs(Timeline("run", ((*timeline.ranks[0], *sums), timeline.ranks[1])))
+    assert found.forward == replace(COSTS.forward, attend=COSTS.forward.attend + 0.25)
+    assert found.backward == replace(COSTS.backward, attend=COSTS.backward.attend + 0.25)
 
 
 def test_a_trace_without_layers() -> None:

@@ -7,6 +7,7 @@ import pytest
 from kimi_pretrain.config import compose
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config
+from kimi_pretrain.pipeline.passes import insert_offload
 from kimi_pretrain.pipeline.schedules import interleaved_1f1b, k2
 from kimi_pretrain.train.schedule import stages_of, training_schedule
 
@@ -35,12 +36,13 @@ def test_a_file_is_a_schedule_like_any_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows: [rows[0].replace("0F1", "0F0"), rows[1]], "rank 0"),
+        (lambda rows: [rows[0].replace("0F1", "0F0"), rows[1]], "rank 0, position 1:"),
         (lambda rows: [rows[0], rows[1].replace("1F0,", "")], "1F0"),
         (lambda rows: ["nonsense", rows[1]], "nonsense"),
         (lambda rows: interleaved_1f1b(2, 2, 2).to_text(), "microbatches"),
+        (lambda rows: insert_offload(interleaved_1f1b(2, 2, 4)).to_text(), "rank 0, position 1:"),
     ],
-    ids=["twice", "missing", "unreadable", "another shape"],
+    ids=["twice", "missing", "unreadable", "another shape", "what is not executed yet"],
 )
 def test_a_file_that_cannot_run_is_one_line(tmp_path: Path, change: object, message: str) -> None:
     """Catches a hang, hours later, of a schedule that was never checked."""
@@ -59,7 +61,7 @@ def test_an_absent_file_and_too_many_stages_are_refused() -> None:
     with pytest.raises(ConfigError, match="schedule_file"):
         training_schedule(_config(*two, "parallel.schedule_file=/nowhere"))
     many = _config("parallel.pp=4", "parallel.vpp=2", "parallel.schedule=k2")
-    with pytest.raises(ConfigError, match="layers"):
+    with pytest.raises(ConfigError, match=r"parallel.vpp: got 8; .*layers; try parallel.vpp=1$"):
         training_schedule(many)
 
 

@@ -126,7 +126,7 @@ def test_held_out_loss_is_the_mean_over_labels_and_bits_count_bytes() -> None:
     cut = evaluate(_forward(model), parts, lengths, None, ALONE, ALONE)
     tokens, labels = (torch.from_numpy(x) for x in (whole.tokens, whole.labels))
     ids = torch.from_numpy(whole.document_ids)
-    expected = float(model.loss(tokens, labels, document_ids=ids))
+    expected = model.loss(tokens, labels, document_ids=ids).item()
     assert once.loss == pytest.approx(expected, rel=1e-12)
     assert cut.loss == pytest.approx(expected, rel=1e-12)
     assert cut.bits_per_byte == pytest.approx(expected / np.log(2) / 2, rel=1e-12)

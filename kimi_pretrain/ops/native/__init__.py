@@ -1,0 +1,1 @@
+"""The library of csrc/: how it is loaded, and its ops as functions."""
