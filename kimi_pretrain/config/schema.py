@@ -185,7 +185,7 @@ class ActivationConfig:
 
 @dataclass
 class EfficiencyConfig:
-    """Assumed shares of a peak that a training step reaches (docs/plan.md has their sources)."""
+    """Assumed shares of a peak that a step reaches; docs/plan.md says what rests on them."""
 
     matmul: float = 0.72  # of peak_flops: dense projections, the head, Newton-Schulz
     grouped_matmul: float = 0.62  # of peak_flops: routed experts, about a thousand rows each

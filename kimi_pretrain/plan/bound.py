@@ -1,18 +1,16 @@
 """How fast a run can be at most: from its costs, without a schedule or a simulation."""
 
 from collections.abc import Sequence
-from math import prod
 
 from kimi_pretrain.config.schema import Config
-from kimi_pretrain.optim.ownership import newton_schulz_flops
 from kimi_pretrain.parallel.topology import Topology
 from kimi_pretrain.pipeline.actions import Kind
 from kimi_pretrain.pipeline.costs import Costs
 from kimi_pretrain.plan.costs import run_costs
 from kimi_pretrain.plan.hardware import Hardware
 from kimi_pretrain.plan.run_schedule import microbatches_of, rank_stages
-from kimi_pretrain.plan.shapes import stage_specs
 from kimi_pretrain.plan.stages import split_layers
+from kimi_pretrain.plan.totals import ModelTotals
 
 # A W follows its I, and the last I of a rank is of its first stage.
 _SOON = ("1f1b", "k2")
@@ -59,13 +57,10 @@ def least_seconds(config: Config, costs: Costs) -> float:
 
 def least_update(config: Config, layers: Sequence[range], hardware: Hardware) -> float:
     """Newton-Schulz takes at least the mean of a rank's replicas."""
-    topology, most = Topology.of_config(config.parallel), 0.0
+    topology = Topology.of_config(config.parallel)
+    totals = ModelTotals(config.model, ep=1)  # of all replicas together
+    most = 0.0
     for stages in rank_stages(config):
-        flops = sum(
-            spec.elements // prod(spec.matrix) * 5 * newton_schulz_flops(*spec.matrix)
-            for stage in stages
-            for spec in stage_specs(config.model, layers[stage])
-            if spec.muon
-        )
-        most = max(most, flops / topology.dp)
+        total = totals.rank(layers[stage] for stage in stages)
+        most = max(most, total.newton_schulz / topology.dp)
     return most / hardware.matmul

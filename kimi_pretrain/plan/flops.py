@@ -8,9 +8,8 @@ attention at half of the full score matrix.
 from dataclasses import dataclass
 
 from kimi_pretrain.config.schema import ModelConfig
-from kimi_pretrain.optim.ownership import newton_schulz_flops
 from kimi_pretrain.plan.parameters import attention_parameters, count_parameters
-from kimi_pretrain.plan.shapes import stage_specs
+from kimi_pretrain.plan.totals import ModelTotals
 
 # Of ops/linear_cross_entropy.py, which imports torch; a test holds them against each other.
 HEAD_TILE_ELEMENTS = 2**22
@@ -93,15 +92,9 @@ def recomputed_flops(model: ModelConfig, moe: bool) -> int:
     return 2 * (up + down * moe)
 
 
-def newton_schulz_flops_per_step(model: ModelConfig, steps: int = 5) -> int:
+def newton_schulz_flops_per_step(model: ModelConfig) -> int:
     """FLOPs of orthogonalising every Muon matrix of the model once."""
-    specs = stage_specs(model, range(model.num_hidden_layers))
-    return steps * sum(
-        spec.elements // (rows * cols) * newton_schulz_flops(rows, cols)
-        for spec in specs
-        if spec.muon
-        for rows, cols in [spec.matrix]
-    )
+    return ModelTotals(model, ep=1).stage(range(model.num_hidden_layers)).newton_schulz
 
 
 def inference_flops_per_token(model: ModelConfig, context: int, heads: int | None = None) -> int:

@@ -6,7 +6,6 @@ from math import ceil
 
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.settled import micro_batch_size
-from kimi_pretrain.optim.who import uses_muon
 from kimi_pretrain.parallel.topology import Topology
 from kimi_pretrain.pipeline.actions import Kind, Overlap, leaves
 from kimi_pretrain.plan.activations import Setting, gradients_until_w, stage_kept
@@ -20,7 +19,7 @@ from kimi_pretrain.plan.layout_report import (
     LayoutReport,
 )
 from kimi_pretrain.plan.run_schedule import RunSchedule
-from kimi_pretrain.plan.shapes import stage_specs
+from kimi_pretrain.plan.totals import ModelTotals
 
 COMPONENTS = (
     "parameters",
@@ -86,16 +85,13 @@ def static_without_padding(
         stages: of each rank that is wanted.
     """
     topology = Topology.of_config(config.parallel)
+    totals = ModelTotals(config.model, topology.ep)
     ranks = []
     for held in stages:
-        specs = [s for n in held for s in stage_specs(config.model, layers[n], topology.ep)]
-        elements = sum(spec.elements for spec in specs)
-        state = sum(
-            spec.elements
-            * STATE_BYTES["aligned" if uses_muon(spec.name, len(spec.shape)) else "adamw"]
-            / (topology.edp if spec.expert else topology.dp)
-            for spec in specs
-        )
+        total = totals.rank(layers[stage] for stage in held)
+        muon = total.experts / topology.edp + total.dense / topology.dp
+        state = STATE_BYTES["aligned"] * muon + STATE_BYTES["adamw"] * total.adamw / topology.dp
+        elements = total.elements
         ranks.append(Static(PARAMETER_BYTES * elements, GRADIENT_BYTES * elements, state))
     return ranks
 

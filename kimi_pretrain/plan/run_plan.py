@@ -18,8 +18,8 @@ from kimi_pretrain.plan.layout_report import layout_report
 from kimi_pretrain.plan.memory import RankMemory, rank_memory, static_of_layout
 from kimi_pretrain.plan.parameters import ParameterCount, count_parameters
 from kimi_pretrain.plan.run_schedule import RunSchedule, run_schedule
-from kimi_pretrain.plan.shapes import stage_specs
 from kimi_pretrain.plan.step_time import Replication, StepTime, replication, step_time
+from kimi_pretrain.plan.totals import ModelTotals
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,12 @@ def precision_of(config: Config) -> None:
 
 def parameters_of_ranks(config: Config, run: RunSchedule) -> tuple[list[int], list[int]]:
     """[pp] parameters of experts and all others that a rank of each stage holds."""
-    experts, dense = [], []
-    for rank in range(config.parallel.pp):
-        held = [run.layers[stage] for stage in run.stages(rank)]
-        specs = [s for part in held for s in stage_specs(config.model, part, config.parallel.ep)]
-        experts.append(sum(spec.elements for spec in specs if spec.expert))
-        dense.append(sum(spec.elements for spec in specs if not spec.expert))
-    return experts, dense
+    totals = ModelTotals(config.model, config.parallel.ep)
+    ranks = [
+        totals.rank(run.layers[stage] for stage in run.stages(rank))
+        for rank in range(config.parallel.pp)
+    ]
+    return [r.experts for r in ranks], [r.dense + r.adamw for r in ranks]
 
 
 def token_budget(config: Config) -> int:

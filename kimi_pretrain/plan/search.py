@@ -23,7 +23,7 @@ from kimi_pretrain.plan.run_schedule import microbatches_of, rank_stages, run_sc
 from kimi_pretrain.plan.stages import split_layers
 
 VPP = (1, 2, 4)
-SECONDS = 15.0  # for simulations; what is left then keeps its bound
+SECONDS = 20.0  # for simulations; what is left then keeps its bound
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def candidates(config: Config, gpus: int) -> Iterator[Candidate]:
                 if pp * vpp > model.num_hidden_layers or (pp == 1 and vpp > 1):
                     continue
                 for schedule in _schedules(pp, vpp):
-                    for split in ("balanced",) if pp * vpp > 1 else ("even",):
+                    for split in ("balanced", "even") if pp * vpp > 1 else ("even",):
                         for size in (1, 2):
                             yield Candidate(pp, vpp, ep, dp, schedule, split, size)
 
