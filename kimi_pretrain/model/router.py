@@ -5,6 +5,7 @@ weights that are the unbiased scores, normalised and scaled; a sequence-wise aux
 against extreme imbalance within one sequence.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +27,22 @@ class Routing:
     aux_loss: Tensor | None  # scalar without gradient; None where it is not wanted
 
 
+# scores [tokens, experts] and bias [experts] to indices [tokens, k], as ``choose_experts``
+Choose = Callable[[Tensor, Tensor, ModelConfig], Tensor]
+
+
 class Router(nn.Module):
-    """``mlp.gate`` of a layer; computes in fp32 (fp64 in an fp64 model)."""
+    """``mlp.gate`` of a layer; computes in fp32 (fp64 in an fp64 model).
+
+    ``choose`` may be replaced: a run without values (``dry_run``) cannot tell the largest score.
+    """
 
     e_score_correction_bias: Tensor
 
     def __init__(self, cfg: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.cfg = cfg
+        self.choose: Choose = choose_experts
         self.weight = nn.Parameter(torch.empty(cfg.n_routed_experts, cfg.hidden_size, dtype=dtype))
         # A bf16 bias could not move by 0.001 once it has grown: 0.5 + 0.001 rounds to 0.5.
         bias = torch.zeros(cfg.n_routed_experts, dtype=accumulate_dtype(dtype))
@@ -54,7 +63,7 @@ class Router(nn.Module):
         scores = logits.sigmoid()  # [batch, length, experts]
         with torch.no_grad():
             flat = scores.view(-1, cfg.n_routed_experts)  # [tokens, experts]
-            indices = choose_experts(flat, self.e_score_correction_bias, cfg)
+            indices = self.choose(flat, self.e_score_correction_bias, cfg)
             counts = _counts_per_sequence(indices, batch, cfg.n_routed_experts)
         aux_loss = None
         if aux_scale is not None and cfg.aux_loss_alpha > 0.0:
