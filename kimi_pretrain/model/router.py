@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kimi_pretrain.config.schema import ModelConfig
 from kimi_pretrain.ops.linear import linear
 from kimi_pretrain.ops.precision import accumulate_dtype
+from kimi_pretrain.ops.saved import named, remade
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ class Router(nn.Module):
         cfg = self.cfg
         batch = hidden.shape[0]
         high = accumulate_dtype(hidden.dtype)
-        logits = linear(hidden.to(high), self.weight)
+        logits = linear(remade("router_in", lambda x: x.to(high), hidden), self.weight)
         scores = logits.sigmoid()  # [batch, length, experts]
+        named("router", scores)
         with torch.no_grad():
             flat = scores.view(-1, cfg.n_routed_experts)  # [tokens, experts]
             indices = self.choose(flat, self.e_score_correction_bias, cfg)
@@ -71,10 +73,15 @@ class Router(nn.Module):
             with torch.no_grad():
                 aux_loss = balance_loss(scores, load)
             if aux_scale != 0.0:
-                scores = _BalanceGradient.apply(scores, load * aux_scale)  # type: ignore[no-untyped-call]
+                load = load * aux_scale
+                named("router", load)
+                scores = _BalanceGradient.apply(scores, load)  # type: ignore[no-untyped-call]
+        named("route", indices)
         weights = scores.view(-1, cfg.n_routed_experts).gather(1, indices)  # [tokens, k]
         if cfg.norm_topk_prob:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+            total = weights.sum(dim=-1, keepdim=True) + 1e-20
+            named("router", weights, total)
+            weights = weights / total
         return Routing(indices, weights * cfg.routed_scaling_factor, counts, aux_loss)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kimi_pretrain.ops.precision import accumulate_dtype
+from kimi_pretrain.ops.saved import keeps, named
 
 # Query rows of a block: an eighth of the length, within these. Short blocks waste less on
 # masked logits, long ones add to the gradients of keys and values less often.
@@ -90,7 +91,8 @@ class _Attention(torch.autograd.Function):
         out = torch.empty_like(values)
         lse = torch.empty(batch * heads, length, dtype=high, device=q.device)
         elements = batch * heads * length * (length + _MIN_ROWS) // 2
-        keep = any(ctx.needs_input_grad) and elements <= _KEPT_ELEMENTS
+        worth = elements <= _KEPT_ELEMENTS and keeps("attn_weights")
+        keep = any(ctx.needs_input_grad) and worth
         kept = []
         for pairs, rows, logits in _logits(_flat(q), _flat(k), scale, document_ids):
             weights = torch.softmax(logits, dim=-1)
@@ -102,6 +104,8 @@ class _Attention(torch.autograd.Function):
             if keep:
                 kept.append(weights)
         result = out.view(batch, heads, length, -1).transpose(1, 2).contiguous()
+        named("attn_out", result)
+        named("attn_weights", *kept)
         ctx.save_for_backward(q, k, v, result, document_ids, *kept)
         ctx.scale = scale
         lse = lse.view(batch, heads, length)

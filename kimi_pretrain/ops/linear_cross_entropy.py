@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kimi_pretrain.ops.main_grad import deliver
 from kimi_pretrain.ops.precision import accumulate_dtype
+from kimi_pretrain.ops.saved import named
 
 IGNORED = -100  # a label that takes no part in the loss
 
@@ -91,12 +92,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         step = max(1, tile_elements * (1 if _on_cpu(hidden) else _ACCELERATOR_TILES) // other)
         losses, gradients = run(problem, step, differentiable)
         if gradients is not None:
-            ctx.save_for_backward(weight, *gradients)
+            ctx.weight = weight
+            named("head", *gradients)  # every saved tensor has a tag (ops/saved.py)
+            ctx.save_for_backward(*gradients)
         return torch.dot(losses, problem.valid) * problem.scale
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, grad_hidden, grad_weight = ctx.saved_tensors
+        (grad_hidden, grad_weight), weight = ctx.saved_tensors, ctx.weight
         grad = deliver(weight, grad_weight * grads[0])
         return grad_hidden * grads[0], grad, None, None, None, None
 
