@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -50,9 +51,35 @@ class World:
         return self.rank == 0
 
     def close(self) -> None:
-        """Leave every process group; again and again without harm."""
+        """Leave every process group and end its threads; again and again without harm.
+
+        Waits for what is in flight. A thread of gloo frees an operation's tensors some time
+        after ``wait`` has returned, and needs Python for that: one that is left when Python
+        ends aborts the process ("terminate called without an active exception"). Torch ends
+        the threads of a process group with the last reference to it, so none is kept here.
+        """
+        for group in (self.ep, self.pp, self.edp, self.dp, self.everyone):
+            group.process_group = group.downwards = None
+        self.mesh = None
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close, but for an error that the other ranks do not share.
+
+        What is in flight then may wait for a lost peer, or for this rank itself; the process
+        is to end at once (``train.__main__``).
+        """
+        if error is None or isinstance(error, ConfigError):
+            self.close()
 
 
 def open_world(parallel: ParallelConfig, facts: Mapping[str, str] | None = None) -> World:

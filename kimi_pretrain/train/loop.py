@@ -7,7 +7,7 @@ weights, the optimizer state and one integer, and continues bitwise.
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from kimi_pretrain.config import exit_codes
@@ -37,8 +37,8 @@ def train(config: Config) -> int:
             the data, the run directory or an optional package can show to be wrong.
         PeerError: another rank failed or did not answer in time.
     """
-    opened = open_world(config.parallel, facts_of_run(config))
-    with closing(opened) as world, stop_on_signal() as stop:
+    facts = facts_of_run(config)
+    with open_world(config.parallel, facts) as world, stop_on_signal() as stop:
         run = open_run(config, world)
         with run:
             try:
