@@ -223,12 +223,14 @@ class ClusterConfig:
 class LoggingConfig:
     """Where metrics go. metrics.jsonl is always written."""
 
-    sinks: list[str] = field(default_factory=list)  # wandb | tensorboard, beside jsonl
+    sinks: list[str] = field(default_factory=list)  # wandb | tensorboard | prometheus, beside jsonl
     console: str = "auto"  # auto | live | plain | off
     console_interval: int = 10  # steps between plain lines
     layer_interval: int = 10  # steps between rows of layers.jsonl (per-layer arrays)
+    rank_interval: int = 10  # steps between rows of ranks.jsonl (every rank's times compared)
     trace_step: int | None = None  # the step of which RUN/trace says who did what when
     report: bool = True  # write report/ at the end of the run
+    prometheus_file: str | None = None  # where that sink writes; null: RUN/metrics.prom
     wandb_project: str = "kimi_pretrain"
     wandb_mode: str = "offline"  # offline | online
 

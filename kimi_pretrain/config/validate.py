@@ -258,6 +258,14 @@ def _logging(logging: LoggingConfig) -> None:
     _one_of("logging.wandb_mode", logging.wandb_mode, names.WANDB_MODES)
     _at_least("logging.console_interval", logging.console_interval, 1)
     _at_least("logging.layer_interval", logging.layer_interval, 1)
+    _at_least("logging.rank_interval", logging.rank_interval, 1)
+    if logging.prometheus_file is not None and not logging.prometheus_file.endswith(".prom"):
+        raise ConfigError(
+            "logging.prometheus_file",
+            logging.prometheus_file,
+            "node-exporter's textfile collector reads files that end in .prom",
+            f"logging.prometheus_file={logging.prometheus_file}.prom",
+        )
     if logging.trace_step is not None:
         _at_least("logging.trace_step", logging.trace_step, 1)
 

@@ -30,9 +30,11 @@ from kimi_pretrain.pipeline.forward import ForwardPipeline
 from kimi_pretrain.plan.flops import training_flops_per_token
 from kimi_pretrain.plan.parameters import count_parameters
 from kimi_pretrain.telemetry.console import Console
+from kimi_pretrain.telemetry.goodput import Goodput, launched
 from kimi_pretrain.telemetry.quantities import count as written
 from kimi_pretrain.telemetry.sinks import Sinks, check_sinks, open_sinks
 from kimi_pretrain.train.agreement import agreed_run_dir
+from kimi_pretrain.train.comparison import Comparison, gpu_of
 from kimi_pretrain.train.resume import CONFIG, restore_latest
 from kimi_pretrain.train.step import TrainStep
 from kimi_pretrain.train.throughput import measure_matmul_peak
@@ -62,6 +64,8 @@ class Run:
     flops_per_token: int
     peak_flops: float
     opened: float  # time.perf_counter() when assembly began
+    goodput: Goodput
+    comparison: Comparison
     lock: ExitStack  # held until the run is closed
 
     def stream(
@@ -122,7 +126,7 @@ def open_run(config: Config, world: World) -> Run:
         ConfigError: on every rank, when the data does not fit the model, the run directory
             belongs to another run, or an optional package of a chosen sink is missing.
     """
-    opened = time.perf_counter()
+    opened, began = time.perf_counter(), time.time()
     config = replace(config, run_dir=agreed_run_dir(world, config))
     if not world.is_first:
         config = replace(config, logging=replace(config.logging, console="off"))
@@ -136,7 +140,19 @@ def open_run(config: Config, world: World) -> Run:
     if world.is_first:
         save_config(config, directory / CONFIG)
     tokens_per_step = config.schedule.global_batch_size * config.data.sequence_length
-    sinks = open_sinks(config, directory, first_step) if world.is_first else Sinks([])
+    sinks = together(
+        world,
+        lambda: open_sinks(config, directory, first_step) if world.is_first else Sinks([]),
+    )
+    steps = total_steps(config.schedule, tokens_per_step)
+    goodput = Goodput(began, productive=0.0)
+    if world.is_first:
+        goodput = launched(
+            directory, began, ranks=world.size, first_step=first_step, total_steps=steps
+        )
+    gpu, why_not = gpu_of(device)
+    if why_not:
+        console.note(why_not)
     run = Run(
         config=config,
         directory=directory,
@@ -167,11 +183,13 @@ def open_run(config: Config, world: World) -> Run:
         sinks=sinks,
         console=console,
         first_step=first_step,
-        total_steps=total_steps(config.schedule, tokens_per_step),
+        total_steps=steps,
         tokens_per_step=tokens_per_step,
         flops_per_token=training_flops_per_token(config.model, config.data.sequence_length),
         peak_flops=_peak_flops(config, world, dtype),
         opened=opened,
+        goodput=goodput,
+        comparison=Comparison(world, gpu),
         lock=lock,
     )
     together(world, lambda: _require_heldout(run))

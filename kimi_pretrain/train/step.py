@@ -15,6 +15,7 @@ from kimi_pretrain.model.record import StepRecord
 from kimi_pretrain.ops.precision import accumulate_dtype
 from kimi_pretrain.optim.registry import build_sharded
 from kimi_pretrain.parallel.dispatch import Dispatcher
+from kimi_pretrain.parallel.stopwatch import Stopwatch
 from kimi_pretrain.parallel.world import World
 from kimi_pretrain.pipeline.actions import Schedule
 from kimi_pretrain.pipeline.execute import Executor, Work
@@ -61,6 +62,9 @@ class TrainStep:
         self.config, self.model, self.dispatcher, self.world = config, model, dispatcher, world
         self.optimizer = build_sharded(config.optimizer, config.parallel, model, world)
         self.executor = Executor(schedule, model, dispatcher, world.pp)
+        self.stopwatch = Stopwatch(world.device)
+        for group in (world.ep, world.pp, world.edp, world.dp, world.everyone):
+            group.stopwatch = self.stopwatch
 
     @classmethod
     def open(cls, config: Config, dtype: torch.dtype, world: World) -> "TrainStep":
@@ -90,6 +94,7 @@ class TrainStep:
             GuardStop: on all ranks, with all weights untouched, when the loss or a gradient
                 anywhere is not finite.
         """
+        self.stopwatch.enter("compute")
         observations = self._accumulate(batch, stop)
         optimizer = self.optimizer
         optimizer.buffers.reduced()
@@ -97,6 +102,7 @@ class TrainStep:
         record = observations.record
         norm = float(optimizer.norm())
         require_finite(step, loss, norm, self._suspects)
+        self.stopwatch.enter("optimizer")
         optimizer.clip_gradients(norm, self.config.optimizer.grad_clip)
         optimizer.observe_max_logits(record.max_logits, record.exact)
         optimizer.step(learning_rate)
