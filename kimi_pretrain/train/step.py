@@ -109,19 +109,24 @@ class TrainStep:
         self.model.update_router_bias(record, self.config.optimizer.router_bias_rate)
         return StepResult(loss=loss, grad_norm=norm, record=record, stop=stops)
 
+    def empty_record(self, sequences: int) -> StepRecord:
+        """What a step observes of ``sequences``, this replica's part, before its first forward."""
+        size = micro_batch_size(self.config)
+        return StepRecord.for_model(
+            self.config.model,
+            tau=self.config.optimizer.qk_clip_threshold,
+            aux_scale=size / (sequences * self.world.dp.size),
+            device=self.model.device,
+            dtype=accumulate_dtype(self.model.dtype),
+        )
+
     def _accumulate(self, batch: Batch, stop: Callable[[], bool]) -> Observations:
         size = micro_batch_size(self.config)
         sequences = len(batch.tokens)
         device = self.model.device
         labels = torch.tensor(int((batch.labels >= 0).sum()), device=device)
         counting = self.world.dp.all_reduce_sum(labels)
-        record = StepRecord.for_model(
-            self.config.model,
-            tau=self.config.optimizer.qk_clip_threshold,
-            aux_scale=size / (sequences * self.world.dp.size),
-            device=device,
-            dtype=accumulate_dtype(self.model.dtype),
-        )
+        record = self.empty_record(sequences)
         microbatches = [
             to_device(batch, slice(first, first + size), device)
             for first in range(0, sequences, size)
