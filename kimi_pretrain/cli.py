@@ -22,6 +22,7 @@ usage: kimi-pretrain COMMAND ...
   plan      say what a run will need: layout, bytes and work of every rank
   ckpt      list, verify and export the checkpoints of a run
   report    write a page with plots of a run
+  top       watch a run in the terminal: its figures, what its time goes to, who is slow
   trace     draw a pipeline schedule, or a run's step beside it, in time
 
 kimi-pretrain COMMAND --help says more; docs/configuration.md lists what can be set.
@@ -112,6 +113,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": _command("kimi_pretrain.plan.commands"),
     "ckpt": _command("kimi_pretrain.checkpoint.commands"),
     "report": _report,
+    "top": _command("kimi_pretrain.telemetry.top"),
     "trace": _command("kimi_pretrain.telemetry.commands"),
 }
 

@@ -52,7 +52,8 @@ def launched(
 ) -> Goodput:
     """Note a start in ``launches.jsonl`` and go on counting where the run stands.
 
-    Called after rows past ``first_step`` have been cut off.
+    Called after rows past ``first_step`` have been cut off. A start of a run that is complete
+    takes no step and is not noted.
 
     Args:
         run_dir: the run's.
@@ -61,10 +62,12 @@ def launched(
         first_step: steps that are done.
         total_steps: steps of the whole run.
     """
-    row = {"time": began, "ranks": ranks, "first_step": first_step, "total_steps": total_steps}
-    append_row(run_dir / LAUNCHES, row)
-    (first, *_) = read_launches(run_dir)
-    return Goodput(first["time"], productive_seconds(run_dir))
+    launches = read_launches(run_dir)
+    if not launches or first_step < total_steps:
+        row = {"time": began, "ranks": ranks, "first_step": first_step, "total_steps": total_steps}
+        append_row(run_dir / LAUNCHES, row)
+        launches.append(row)
+    return Goodput(launches[0]["time"], productive_seconds(run_dir))
 
 
 def read_launches(run_dir: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ FILES = {
     "ranks": "ranks.jsonl",
 }
 SUMMARY = "summary.json"
+_BLOCK = 1 << 16  # bytes that newest_rows goes back at a time
 
 # What a resumed run may report differently from an uninterrupted one.
 TIMING_FIELDS = frozenset(
@@ -114,6 +115,24 @@ def read_rows(
         ConfigError: a complete line is not a JSON object.
     """
     return (row for row, _ in _rows(path, keep))
+
+
+def newest_rows(path: Path, count: int) -> list[dict[str, Any]]:
+    """The last ``count`` rows of a file that may be growing and large, oldest first.
+
+    Raises:
+        ConfigError: a complete line among them is not a JSON object.
+    """
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        start, tail = file.seek(0, os.SEEK_END), b""
+        while start > 0 and tail.count(b"\n") <= count:
+            start = max(0, start - _BLOCK)
+            file.seek(start)
+            tail = file.read()
+    whole = tail[: tail.rfind(b"\n") + 1].splitlines()[-count:]
+    return [_parse(line, str(path)) for line in whole]
 
 
 def append_row(path: Path, values: dict[str, Any]) -> None:

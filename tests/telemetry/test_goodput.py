@@ -49,6 +49,15 @@ def test_a_launch_cut_short_does_not_join_the_next_ones_line(tmp_path: Path) -> 
     assert len(read_launches(tmp_path)) == 2
 
 
+def test_a_complete_run_started_again_is_no_launch(tmp_path: Path) -> None:
+    """Catches a run that changes though nothing is trained."""
+    clock = Clock()
+    start(tmp_path, clock, 0, 20, 1.0)
+    before = (tmp_path / "launches.jsonl").read_bytes()
+    launched(tmp_path, clock.now, ranks=4, first_step=20, total_steps=20)
+    assert (tmp_path / "launches.jsonl").read_bytes() == before
+
+
 def test_a_clock_that_was_set_back_gives_no_more_than_all() -> None:
     """Catches a goodput of 300 %, or a division by zero at the first step."""
     assert share(3.0, 1.0) == 1.0
