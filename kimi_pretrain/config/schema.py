@@ -178,9 +178,12 @@ class ParallelConfig:
 
 @dataclass
 class ActivationConfig:
-    """What a layer keeps for backward."""
+    """What a layer keeps for backward (config/activation.py: the tags and their policies)."""
 
-    policy: str = "none"
+    policy: str = "none"  # none | k2 | custom
+    # of custom: tag -> keep | recompute | fp8 | offload | fp8+offload; tags left out are kept
+    tags: dict[str, str] = field(default_factory=dict)
+    host_bytes: int | None = None  # for what leaves the device, a rank; null: what the plan says
 
 
 @dataclass

@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from kimi_pretrain.config import names
+from kimi_pretrain.config.activation import policies
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.nearest import nearest_name
 from kimi_pretrain.config.schema import (
@@ -36,6 +37,9 @@ def validate(config: Config) -> None:
     _data(config.data)
     _logging(config.logging)
     _parallel(config.parallel)
+    policies(config.activation)
+    if config.activation.host_bytes is not None:
+        _at_least("activation.host_bytes", config.activation.host_bytes, 1)
     _one_of("launcher", config.launcher, names.LAUNCHERS)
     _one_of("precision", config.precision, names.PRECISIONS)
     _at_least("seed", config.seed, 0)
@@ -290,7 +294,7 @@ def validate_training(config: Config) -> None:
 
     Raises:
         ConfigError: a batch that does not divide over the replicas, stages without a
-            schedule, or an activation policy.
+            schedule.
     """
     parallel, schedule = config.parallel, config.schedule
     size, dp, micro = schedule.global_batch_size, parallel.dp, micro_batch_size(config)
@@ -304,9 +308,6 @@ def validate_training(config: Config) -> None:
     rule = f"parallel.pp x parallel.vpp = {stages} stages need a schedule"
     known = stages == 1 or order != "none" or parallel.schedule_file is not None
     _require(known, "parallel.schedule", order, rule, "parallel.schedule=k2")
-    policy = config.activation.policy
-    rule = "this version keeps every activation"
-    _require(policy == "none", "activation.policy", policy, rule, "activation.policy=none")
 
 
 # --- between groups -----------------------------------------------------------------------

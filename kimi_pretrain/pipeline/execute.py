@@ -8,6 +8,9 @@
 - Weight gradients wait in a queue that the executor owns, by stage and microbatch: ``W``
   computes them. Of a whole backward (``B``) each layer's are computed while its rows fly, and
   the last layer's are held back until the gradient has been sent to the previous stage.
+- What a microbatch keeps leaves the device at an ``OFFLOAD``, is freed once the next computation
+  has been given, and comes back at its ``PREFETCH``; a ``RECOMPUTE`` computes again ahead of the
+  backward what that would compute again.
 - A ``PeerError`` tells which action the rank was in.
 """
 
@@ -19,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kimi_pretrain.activation.offload import Offloader
+from kimi_pretrain.activation.saved import Activations, Saved
 from kimi_pretrain.model.microbatch import DeviceBatch, Microbatch
 from kimi_pretrain.model.rank_model import RankModel
 from kimi_pretrain.model.record import StepRecord
@@ -29,7 +34,7 @@ from kimi_pretrain.parallel.dispatch import Dispatcher, Flight
 from kimi_pretrain.parallel.errors import PeerError
 from kimi_pretrain.pipeline.actions import COMPUTE, Action, Kind, Node, Overlap, Schedule
 from kimi_pretrain.pipeline.mailbox import Key, Mailbox
-from kimi_pretrain.pipeline.timeline import ALL_TO_ALL, P2P
+from kimi_pretrain.pipeline.timeline import ALL_TO_ALL, COPY, P2P
 from kimi_pretrain.pipeline.watch import Observe, Watch
 
 Products = list[Callable[[], None]]  # matrix products that add weight gradients
@@ -57,6 +62,7 @@ class Executor:
         dispatcher: Dispatcher,
         group: Group,
         observe: Observe | None = None,
+        activations: Activations | None = None,
     ) -> None:
         """An executor.
 
@@ -66,9 +72,11 @@ class Executor:
             dispatcher: to the experts.
             group: the ranks of this pipeline, in order.
             observe: is told when what was computed and what flew; may change between steps.
+            activations: how what backward needs is kept; None: as it is.
         """
         self.schedule, self.model, self.dispatcher, self.group = schedule, model, dispatcher, group
         self.observe = observe
+        self.activations = Activations.kept() if activations is None else activations
         self.deferral = Deferral()
         for _, parameter in model.named_parameters():
             parameter.main_grad_deferral = self.deferral  # type: ignore[attr-defined]
@@ -116,6 +124,7 @@ class _Step:
     def __post_init__(self) -> None:
         self.schedule, self.model = self.executor.schedule, self.executor.model
         self.dispatcher, self.deferral = self.executor.dispatcher, self.executor.deferral
+        self.offloader = self.executor.activations.offloader
         batches, width = self.work.microbatches, self.model.config.hidden_size
         shapes = [(*batch.tokens.shape, width) for batch in batches]
         self.mail = Mailbox(self.executor.group, shapes, self.model.dtype, self.schedule.stages)
@@ -128,13 +137,17 @@ class _Step:
         self.forwards_left = len(mine) * self.schedule.microbatches
 
     def do(self, node: Node) -> None:
-        if isinstance(node, Overlap) or node.kind in COMPUTE:
+        computes = isinstance(node, Overlap) or node.kind in COMPUTE
+        if computes:
             self._compute_held()
         self.watch.node = str(node)
+        leaving = 0 if self.offloader is None else self.offloader.mark()
         if isinstance(node, Overlap):
             self._overlap(node.forward, node.backward)
         else:
             _DO[node.kind](self, node)
+        if computes and self.offloader is not None:
+            self.offloader.settle(leaving)
 
     def close(self) -> None:
         """The step is over.
@@ -167,6 +180,31 @@ class _Step:
         for _, products in self.queued.pop((action.stage, action.microbatch)):
             _compute(products)
         self.watch.computed(action, "weight", started)
+
+    def offload(self, action: Action) -> None:
+        started = perf_counter()
+        ticket = self._moving.leave(self._saved(action).offloadable())
+        if ticket is not None:
+            self.watch.flies(COPY, action, "", started, ticket)
+
+    def prefetch(self, action: Action) -> None:
+        started = perf_counter()
+        ticket = self._moving.fetch(self._saved(action).offloadable())
+        if ticket is not None:
+            self.watch.flies(COPY, action, "", started, ticket)
+
+    def recompute(self, action: Action) -> None:
+        started = perf_counter()
+        self._saved(action).recompute()
+        self.watch.computed(action, "again", started)
+
+    def _saved(self, action: Action) -> Saved:
+        return self.tapes[action.stage, action.microbatch].saved
+
+    @property
+    def _moving(self) -> Offloader:
+        assert self.offloader is not None, "a schedule that moves activations needs a policy"
+        return self.offloader
 
     def send_activation(self, action: Action) -> None:
         self._send(action, "activation", action.stage + 1)
@@ -277,7 +315,8 @@ class _Step:
         def keep(tape: ChunkTape) -> None:
             self.tapes[stage, number] = tape
 
-        return forward_steps(chunk, x, self._microbatch(number), self.dispatcher, keep, loss)
+        shared, activations = self._microbatch(number), self.executor.activations
+        return forward_steps(chunk, x, shared, self.dispatcher, keep, loss, activations)
 
     def _backward(self, action: Action) -> Steps:
         stage, number = action.stage, action.microbatch
@@ -332,4 +371,7 @@ _DO: Mapping[Kind, Callable[[_Step, Action], None]] = {
     Kind.RECV_F: _Step.receive_activation,
     Kind.SEND_B: _Step.send_gradient,
     Kind.RECV_B: _Step.receive_gradient,
+    Kind.OFFLOAD: _Step.offload,
+    Kind.PREFETCH: _Step.prefetch,
+    Kind.RECOMPUTE: _Step.recompute,
 }

@@ -1,13 +1,14 @@
 """The schedule that a run of a configuration follows, and where its stages lie."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+from kimi_pretrain.config.activation import offloads, policies
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import ActivationConfig, Config
 from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.config.validate import validate_training
-from kimi_pretrain.pipeline.actions import Schedule
+from kimi_pretrain.pipeline.actions import COPIES, Kind, Schedule, leaves
 from kimi_pretrain.pipeline.passes import insert_offload, insert_p2p
 from kimi_pretrain.pipeline.schedules import generate, one_f_one_b
 from kimi_pretrain.pipeline.shape import looped_placement, v_placement
@@ -28,21 +29,40 @@ class RunSchedule:
         return [s for s, place in enumerate(self.schedule.placement) if place == rank]
 
 
-def run_schedule(config: Config, *, offloads: bool = False) -> RunSchedule:
-    """What ``train`` would follow with ``config``.
+def run_schedule(config: Config) -> RunSchedule:
+    """What ``train`` follows with ``config``.
 
     Args:
         config: settled.
-        offloads: activations leave the device and come back.
 
     Raises:
-        ConfigError: a batch that does not divide, more stages than layers, or no such schedule.
+        ConfigError: a batch that does not divide, more stages than layers, no such schedule, or
+            an activation policy that does not go with it.
     """
-    # Policies that no run has yet can be planned.
-    validate_training(replace(config, activation=ActivationConfig()))
+    validate_training(config)
     layers = split_layers(config.model, config.parallel)
-    schedule = with_messages(named_schedule(config))
-    return RunSchedule(insert_offload(schedule) if offloads else schedule, tuple(layers))
+    return RunSchedule(complete(named_schedule(config), config.activation), tuple(layers))
+
+
+def complete(schedule: Schedule, activation: ActivationConfig) -> Schedule:
+    """A schedule with its messages, and with offloads where the policy wants them.
+
+    What is in it already stays as it is: a file may place both itself.
+
+    Raises:
+        ConfigError: it moves or recomputes activations, and no policy does.
+    """
+    has = {leaf.kind for row in schedule.ranks for node in row for leaf in leaves(node)}
+    chosen = policies(activation).values()
+    for kinds, wanted, rule in (
+        (COPIES, offloads(activation), "no tag has a policy that leaves the device"),
+        ({Kind.RECOMPUTE}, any(p.recompute for p in chosen), "no tag is computed again"),
+    ):
+        if has & kinds and not wanted:
+            key = "activation.policy"
+            raise ConfigError(key, activation.policy, f"of {schedule.name}: {rule}", f"{key}=k2")
+    schedule = with_messages(schedule)
+    return insert_offload(schedule) if offloads(activation) and not has & COPIES else schedule
 
 
 def named_schedule(config: Config) -> Schedule:

@@ -28,6 +28,7 @@ _COSTS = {
     "p2p": (1.0,),
     "offload": (0.0,),
     "prefetch": (0.0,),
+    "recompute": (0.0,),
 }
 _PARTS = {
     "forward": "ATTEND,DISPATCH,EXPERT,COMBINE",
@@ -38,6 +39,7 @@ _PARTS = {
     "p2p": "MS",
     "offload": "MS",
     "prefetch": "MS",
+    "recompute": "MS",
 }
 _HELP = {
     "forward": "a layer forwards, by phase; dispatch and combine are its all-to-all",
@@ -48,6 +50,7 @@ _HELP = {
     "p2p": "a message between two ranks",
     "offload": "the copy of a layer's activations from the device",
     "prefetch": "and back",
+    "recompute": "a layer computed again, where a RECOMPUTE stands",
 }
 
 
@@ -138,7 +141,7 @@ def _layers(arguments: argparse.Namespace, stages: int) -> tuple[int, ...]:
 
 
 def _costs(arguments: argparse.Namespace, layers: tuple[int, ...]) -> Costs:
-    forward, backward, weight, first, last, p2p, offload, prefetch = (
+    forward, backward, weight, first, last, p2p, offload, prefetch, again = (
         [part * _MILLISECOND for part in _milliseconds(name, getattr(arguments, name))]
         for name in _COSTS
     )
@@ -152,6 +155,7 @@ def _costs(arguments: argparse.Namespace, layers: tuple[int, ...]) -> Costs:
         *p2p,
         *offload,
         *prefetch,
+        *again,
     )
 
 

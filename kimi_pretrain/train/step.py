@@ -19,10 +19,11 @@ from kimi_pretrain.parallel.stopwatch import Stopwatch
 from kimi_pretrain.parallel.world import World
 from kimi_pretrain.pipeline.actions import Schedule
 from kimi_pretrain.pipeline.execute import Executor, Work
+from kimi_pretrain.train.activations import open_activations
 from kimi_pretrain.train.guards import require_finite
 from kimi_pretrain.train.model import open_model
 from kimi_pretrain.train.observations import Observations
-from kimi_pretrain.train.schedule import training_schedule
+from kimi_pretrain.train.schedule import stages_of, training_schedule
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,10 @@ class TrainStep:
     ) -> None:
         self.config, self.model, self.dispatcher, self.world = config, model, dispatcher, world
         self.optimizer = build_sharded(config.optimizer, config.parallel, model, world)
-        self.executor = Executor(schedule, model, dispatcher, world.pp)
+        activations = open_activations(
+            config, schedule, stages_of(config), world.pp.index, model.dtype, model.device
+        )
+        self.executor = Executor(schedule, model, dispatcher, world.pp, activations=activations)
         self.stopwatch = Stopwatch(world.device)
         for group in (world.ep, world.pp, world.edp, world.dp, world.everyone):
             group.stopwatch = self.stopwatch
