@@ -31,7 +31,7 @@ from kimi_pretrain.model.tape import ChunkTape, Steps, backward_steps, forward_s
 from kimi_pretrain.ops.main_grad import Deferral
 from kimi_pretrain.parallel.collectives import Group
 from kimi_pretrain.parallel.dispatch import Dispatcher, Flight
-from kimi_pretrain.parallel.errors import PeerError
+from kimi_pretrain.parallel.errors import PeerError, during
 from kimi_pretrain.pipeline.actions import COMPUTE, Action, Kind, Node, Overlap, Schedule
 from kimi_pretrain.pipeline.mailbox import Key, Mailbox
 from kimi_pretrain.pipeline.timeline import ALL_TO_ALL, COPY, P2P
@@ -94,7 +94,8 @@ class Executor:
             except PeerError as error:
                 where = f"rank {self.group.ranks[self.group.index]} was in {node}"
                 raise PeerError(f"{error} ({where}, action {position} of the step)") from error
-        step.close()
+        with during("awaiting the last messages of the step's actions"):
+            step.close()
 
 
 @dataclass

@@ -9,6 +9,7 @@ from kimi_pretrain.config.schema import ActivationConfig, Config
 from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.config.validate import validate_training
 from kimi_pretrain.pipeline.actions import COPIES, Kind, Schedule, leaves
+from kimi_pretrain.pipeline.errors import MicrobatchError
 from kimi_pretrain.pipeline.passes import insert_offload, insert_p2p
 from kimi_pretrain.pipeline.schedules import generate, one_f_one_b
 from kimi_pretrain.pipeline.shape import looped_placement, v_placement
@@ -79,7 +80,12 @@ def named_schedule(config: Config) -> Schedule:
         return _read(Path(parallel.schedule_file), config)
     if parallel.schedule == "none":
         return one_f_one_b(1, 1, microbatches)
-    return generate(parallel.schedule, parallel.pp, parallel.vpp, microbatches)
+    try:
+        return generate(parallel.schedule, parallel.pp, parallel.vpp, microbatches)
+    except MicrobatchError as error:
+        rule = f"it makes {microbatches} microbatches, and {error.rule}"
+        key, fix = "schedule.global_batch_size", _batch_of(config, error.needed)
+        raise ConfigError(key, config.schedule.global_batch_size, rule, fix) from error
 
 
 def with_messages(schedule: Schedule) -> Schedule:
@@ -90,6 +96,17 @@ def with_messages(schedule: Schedule) -> Schedule:
 def microbatches_of(config: Config) -> int:
     """Microbatches of one replica in one step."""
     return config.schedule.global_batch_size // (micro_batch_size(config) * config.parallel.dp)
+
+
+def _batch_of(config: Config, microbatches: int) -> str:
+    """The nearest setting that makes so many microbatches of one replica in one step.
+
+    Where the batch divides into as many smaller ones, it may stay as it is.
+    """
+    dp, size = config.parallel.dp, micro_batch_size(config)
+    fix = f"schedule.global_batch_size={microbatches * size * dp}"
+    smaller, rest = divmod(config.schedule.global_batch_size, microbatches * dp)
+    return f"{fix}, or schedule.micro_batch_size={smaller}" if smaller and not rest else fix
 
 
 def rank_stages(config: Config) -> list[list[int]]:
@@ -116,7 +133,7 @@ def _read(path: Path, config: Config) -> Schedule:
     want = (parallel.pp, parallel.vpp, microbatches_of(config))
     if have != want:
         rule = "its ranks, stages a rank and microbatches are the run's, {} x {} x {}"
-        fix = f"parallel.pp={have[0]} parallel.vpp={have[1]} and {have[2]} microbatches"
+        fix = f"parallel.pp={have[0]} parallel.vpp={have[1]} {_batch_of(config, have[2])}"
         raise ConfigError(key, "{} x {} x {}".format(*have), rule.format(*want), fix)
     verify(schedule)  # before messages are put in: positions are the file's
     return schedule

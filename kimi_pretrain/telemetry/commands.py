@@ -8,6 +8,7 @@ from typing import NoReturn
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.pipeline.actions import Schedule
 from kimi_pretrain.pipeline.costs import Costs, Extra, Phases
+from kimi_pretrain.pipeline.errors import MicrobatchError
 from kimi_pretrain.pipeline.schedules import GENERATORS, generate
 from kimi_pretrain.pipeline.simulate import simulate
 from kimi_pretrain.pipeline.timeline import Timeline, read_rows
@@ -126,7 +127,11 @@ def _schedule(arguments: argparse.Namespace) -> Schedule:
     for flag, value in shape.items():
         if value is None:
             raise ConfigError(flag, value, f"--schedule {arguments.schedule} needs it", f"{flag} 8")
-    return generate(arguments.schedule, arguments.pp, arguments.vpp, arguments.microbatches)
+    try:
+        return generate(arguments.schedule, arguments.pp, arguments.vpp, arguments.microbatches)
+    except MicrobatchError as error:
+        fix = f"--microbatches {error.needed}"
+        raise ConfigError("--microbatches", error.value, error.rule, fix) from error
 
 
 def _layers(arguments: argparse.Namespace, stages: int) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from kimi_pretrain.model.record import StepRecord
 from kimi_pretrain.ops.precision import accumulate_dtype
 from kimi_pretrain.optim.registry import build_sharded
 from kimi_pretrain.parallel.dispatch import Dispatcher
+from kimi_pretrain.parallel.errors import during
 from kimi_pretrain.parallel.stopwatch import Stopwatch
 from kimi_pretrain.parallel.world import World
 from kimi_pretrain.pipeline.actions import Schedule
@@ -97,19 +98,24 @@ class TrainStep:
         Raises:
             GuardStop: on all ranks, with all weights untouched, when the loss or a gradient
                 anywhere is not finite.
+            PeerError: another rank failed or did not answer in time; says in what.
         """
         self.stopwatch.enter("compute")
         observations = self._accumulate(batch, stop)
         optimizer = self.optimizer
-        optimizer.buffers.reduced()
-        loss, stops = observations.combined()
+        with during(f"reducing the gradients of step {step}"):
+            optimizer.buffers.reduced()
+        with during(f"combining what ranks observed in step {step}"):
+            loss, stops = observations.combined()
         record = observations.record
-        norm = float(optimizer.norm())
-        require_finite(step, loss, norm, self._suspects)
+        with during(f"adding up the gradient norm of step {step}"):
+            norm = float(optimizer.norm())
+            require_finite(step, loss, norm, self._suspects)
         self.stopwatch.enter("optimizer")
-        optimizer.clip_gradients(norm, self.config.optimizer.grad_clip)
-        optimizer.observe_max_logits(record.max_logits, record.exact)
-        optimizer.step(learning_rate)
+        with during(f"updating the weights in step {step}"):
+            optimizer.clip_gradients(norm, self.config.optimizer.grad_clip)
+            optimizer.observe_max_logits(record.max_logits, record.exact)
+            optimizer.step(learning_rate)
         self.model.update_router_bias(record, self.config.optimizer.router_bias_rate)
         return StepResult(loss=loss, grad_norm=norm, record=record, stop=stops)
 
@@ -143,7 +149,8 @@ class TrainStep:
         def forwards_done(loss: Tensor) -> None:
             observations.append(Observations(record, loss, stop(), self.world.everyone))
 
-        counting.wait()
+        with during("counting the labels of the global batch"):
+            counting.wait()
         self.executor.run(Work(microbatches, record, int(labels), forwards_done))
         return observations[0]
 
