@@ -18,6 +18,7 @@ USAGE = """\
 usage: kimi-pretrain COMMAND ...
 
   train     pretrain a model; without arguments: a nano model of the Kimi K2 family, in minutes
+  launch    start the ranks of a run here, as a Slurm job, or by ssh on the hosts of a file
   data      prepare, verify and inspect tokenized corpora
   plan      say what a run will need: layout, bytes and work of every rank
   ckpt      list, verify and export the checkpoints of a run
@@ -87,10 +88,23 @@ def _command(module: str) -> Callable[[list[str]], int]:
 
 
 def _train(arguments: list[str]) -> int:
-    from kimi_pretrain.launch.local import launch
+    from kimi_pretrain.launch.command import start
     from kimi_pretrain.train.command import main as train
 
-    return train(arguments, partial(launch, "kimi_pretrain.train"))
+    return train(arguments, start)
+
+
+def _launch(arguments: list[str]) -> int:
+    from kimi_pretrain.launch.command import USAGE as USAGE_OF_LAUNCH
+    from kimi_pretrain.launch.command import parse, start
+    from kimi_pretrain.train.command import main as train
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE_OF_LAUNCH, end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else exit_codes.BAD_INPUT
+    asked = parse(arguments)
+    begin = partial(start, launcher=asked.launcher, dry_run=asked.dry_run)
+    return train(asked.overrides, begin)
 
 
 def _report(arguments: list[str]) -> int:
@@ -109,6 +123,7 @@ def _report(arguments: list[str]) -> int:
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
+    "launch": _launch,
     "data": _command("kimi_pretrain.data.commands"),
     "plan": _command("kimi_pretrain.plan.commands"),
     "ckpt": _command("kimi_pretrain.checkpoint.commands"),

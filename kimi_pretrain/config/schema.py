@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from kimi_pretrain.config.launcher import LauncherConfig
+
 
 @dataclass
 class RopeScalingConfig:
@@ -220,6 +222,8 @@ class ClusterConfig:
     reserved_bytes: float = 3.0e9  # CUDA context, NCCL's buffers, workspaces of libraries
     fragmentation: float = 0.05  # of what is allocated anew every step
     efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
+    device: str = "gpu"  # gpu | cpu: what a rank computes on
+    environment: dict[str, str] = field(default_factory=dict)  # of every rank on its nodes
 
 
 @dataclass
@@ -254,5 +258,5 @@ class Config:
     seed: int = 0
     run_dir: str = MISSING
     resume: bool = True  # go on from run_dir's latest checkpoint if there is one
-    launcher: str = "local"
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     experiment: str | None = None  # the preset this came from, set by conf/experiment

@@ -12,8 +12,10 @@ from typing import Any
 from kimi_pretrain.config import names
 from kimi_pretrain.config.activation import policies
 from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.config.launcher import refuse_environment, validate_launcher
 from kimi_pretrain.config.nearest import nearest_name
 from kimi_pretrain.config.schema import (
+    ClusterConfig,
     Config,
     DataConfig,
     LoggingConfig,
@@ -40,12 +42,10 @@ def validate(config: Config) -> None:
     policies(config.activation)
     if config.activation.host_bytes is not None:
         _at_least("activation.host_bytes", config.activation.host_bytes, 1)
-    _one_of("launcher", config.launcher, names.LAUNCHERS)
+    validate_launcher(config.launcher)
+    _cluster(config.cluster)
     _one_of("precision", config.precision, names.PRECISIONS)
     _at_least("seed", config.seed, 0)
-    peak = config.cluster.peak_flops
-    if peak is not None:
-        _positive("cluster.peak_flops", peak, "989e12")
     _require(config.run_dir.strip() != "", "run_dir", config.run_dir, "it names a folder", "runs/a")
     _between_groups(config)
 
@@ -287,6 +287,13 @@ def _parallel(parallel: ParallelConfig) -> None:
     fix = "parallel.router_weights=before_down"
     _require(fits, "parallel.router_weights", parallel.router_weights, rule, fix)
     _positive("parallel.timeout_seconds", parallel.timeout_seconds, "600")
+
+
+def _cluster(cluster: ClusterConfig) -> None:
+    if cluster.peak_flops is not None:
+        _positive("cluster.peak_flops", cluster.peak_flops, "989e12")
+    _one_of("cluster.device", cluster.device, ("gpu", "cpu"))
+    refuse_environment("cluster.environment", cluster.environment)
 
 
 def validate_training(config: Config) -> None:

@@ -10,6 +10,7 @@ from typing import Self
 
 import torch
 
+from kimi_pretrain.checkpoint.run_lock import hold_run_dir
 from kimi_pretrain.checkpoint.state import snapshot
 from kimi_pretrain.checkpoint.writer import CheckpointWriter
 from kimi_pretrain.config.errors import ConfigError
@@ -18,7 +19,6 @@ from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.data.batches import Batch, Prefetcher, TrainStream, heldout_windows
 from kimi_pretrain.data.corpus import ensure
-from kimi_pretrain.data.lock import exclusive
 from kimi_pretrain.data.prepared import PreparedData
 from kimi_pretrain.data.progress import console as progress_display
 from kimi_pretrain.data.progress import silent
@@ -132,7 +132,7 @@ def open_run(config: Config, world: World) -> Run:
         config = replace(config, logging=replace(config.logging, console="off"))
     directory = Path(config.run_dir)
     console = Console(config.logging)
-    lock = together(world, lambda: _lock(directory) if world.is_first else ExitStack())
+    lock = together(world, lambda: hold_run_dir(directory) if world.is_first else ExitStack())
     data = together(world, lambda: _data(config, world))
     dtype, device = resolve(config.precision), world.device
     train_step = together(world, lambda: TrainStep.open(config, dtype, world))
@@ -249,26 +249,6 @@ def _peak_flops(config: Config, world: World, dtype: torch.dtype) -> float:
     peak = peak.to(world.device)
     world.everyone.all_reduce_sum(peak).wait()
     return float(peak)
-
-
-def _lock(directory: Path) -> ExitStack:
-    """Make the run directory and keep every other start out of it until this one ends."""
-    lock = ExitStack()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        alone = lock.enter_context(exclusive(directory / ".lock", wait=False))
-    except OSError as error:
-        raise ConfigError(
-            "run_dir", str(directory), f"it must be writable ({error.strerror})", "run_dir=DIR"
-        ) from error
-    if not alone:
-        raise ConfigError(
-            "run_dir",
-            str(directory),
-            "another process is training in it, and two would mix their rows and checkpoints",
-            "another run_dir, or wait until it ends",
-        )
-    return lock
 
 
 def _require_heldout(run: Run) -> None:

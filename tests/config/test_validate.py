@@ -211,7 +211,6 @@ DEEPER: dict[str, tuple[Callable[[Config], Config], str, str]] = {
     ),
     "precision": (lambda c: replace(c, precision="fp16"), "precision", "=fp"),
     "seed": (lambda c: replace(c, seed=-1), "seed", "=0"),
-    "launcher": (lambda c: replace(c, launcher="slurm"), "launcher", "=local"),
     "run_dir": (lambda c: replace(c, run_dir=" "), "run_dir", "runs/"),
 }
 
