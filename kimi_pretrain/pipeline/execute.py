@@ -28,7 +28,7 @@ from kimi_pretrain.model.microbatch import DeviceBatch, Microbatch
 from kimi_pretrain.model.rank_model import RankModel
 from kimi_pretrain.model.record import StepRecord
 from kimi_pretrain.model.tape import ChunkTape, Steps, backward_steps, forward_steps
-from kimi_pretrain.ops.main_grad import Deferral
+from kimi_pretrain.ops.main_grad import Deferral, Product
 from kimi_pretrain.parallel.collectives import Group
 from kimi_pretrain.parallel.dispatch import Dispatcher, Flight
 from kimi_pretrain.parallel.errors import PeerError, during
@@ -37,8 +37,11 @@ from kimi_pretrain.pipeline.mailbox import Key, Mailbox
 from kimi_pretrain.pipeline.timeline import ALL_TO_ALL, COPY, P2P
 from kimi_pretrain.pipeline.watch import Observe, Watch
 
-Products = list[Callable[[], None]]  # matrix products that add weight gradients
+Products = list[Product]  # matrix products that add weight gradients
 Waiting = list[tuple[str, Products]]  # those of one backward, by the phase that put them off
+
+
+WAITING = "products"  # beside the tags: inputs of weight gradients, between I and W
 
 
 @dataclass
@@ -77,6 +80,8 @@ class Executor:
         self.schedule, self.model, self.dispatcher, self.group = schedule, model, dispatcher, group
         self.observe = observe
         self.activations = Activations.kept() if activations is None else activations
+        # told, after every segment, of the bytes on the device that backwards wait for, by tag
+        self.weigh: Callable[[dict[str, int]], None] | None = None
         self.deferral = Deferral()
         for _, parameter in model.named_parameters():
             parameter.main_grad_deferral = self.deferral  # type: ignore[attr-defined]
@@ -261,6 +266,7 @@ class _Step:
                     strands.remove(strand)
                 elif at_once and strand.backward and waiting:
                     self._compute_waiting(strand.action, waiting)
+                self._weigh()
 
     def _go_on(self, strand: _Strand, waiting: Waiting | None) -> bool:
         """Compute until rows fly again; False once it has ended."""
@@ -285,6 +291,18 @@ class _Step:
             self.watch.computed(strand.action, phase, started)
             if waiting is not None and products:
                 waiting.append((phase, products))
+
+    def _weigh(self) -> None:
+        if self.executor.weigh is None:
+            return
+        waiting = {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+            for queue in self.queued.values()
+            for _, products in queue
+            for _, x in products
+        }
+        sizes = self.executor.activations.device_bytes()
+        self.executor.weigh(sizes | {WAITING: sum(waiting.values())})
 
     def _compute_held(self) -> None:
         if self.held is not None:
@@ -360,7 +378,7 @@ class _Step:
 @torch.no_grad()  # else a main gradient would become part of the forward's graph
 def _compute(products: Products) -> None:
     for product in products:
-        product()
+        product.add()
 
 
 _DO: Mapping[Kind, Callable[[_Step, Action], None]] = {
