@@ -21,6 +21,7 @@ usage: kimi-pretrain COMMAND ...
   launch    start the ranks of a run here, as a Slurm job, or by ssh on the hosts of a file
   data      prepare, verify and inspect tokenized corpora
   plan      say what a run will need: layout, bytes and work of every rank
+  doctor    say whether this machine, or every rank of a job, is fit for a run
   ckpt      list, verify and export the checkpoints of a run
   report    write a page with plots of a run
   top       watch a run in the terminal: its figures, what its time goes to, who is slow
@@ -107,6 +108,13 @@ def _launch(arguments: list[str]) -> int:
     return train(asked.overrides, begin)
 
 
+def _doctor(arguments: list[str]) -> int:
+    from kimi_pretrain.doctor.commands import main as doctor
+    from kimi_pretrain.launch.local import launch
+
+    return doctor(arguments, partial(launch, "kimi_pretrain.doctor"))
+
+
 def _report(arguments: list[str]) -> int:
     if arguments in (["-h"], ["--help"]) or len(arguments) != 1:
         print("usage: kimi-pretrain report RUN_DIR", file=sys.stdout if arguments else sys.stderr)
@@ -126,6 +134,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "launch": _launch,
     "data": _command("kimi_pretrain.data.commands"),
     "plan": _command("kimi_pretrain.plan.commands"),
+    "doctor": _doctor,
     "ckpt": _command("kimi_pretrain.checkpoint.commands"),
     "report": _report,
     "top": _command("kimi_pretrain.telemetry.top"),
