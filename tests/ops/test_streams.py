@@ -28,8 +28,8 @@ def test_work_runs_in_order_beside_the_compute() -> None:
 
 def test_an_error_is_told_to_who_waits_and_ends_nothing() -> None:
     """Catches a thread that dies silently and leaves everyone waiting."""
-    stream, empty = ThreadStream("copies"), list[int]()
-    failing = stream.run(lambda: empty.pop())
+    stream = ThreadStream("copies")
+    failing = stream.run(list[None]().pop)
     with pytest.raises(RuntimeError, match="pop from empty list"):
         failing.wait()
     stream.run(lambda: None).wait()
