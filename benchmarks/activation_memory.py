@@ -1,10 +1,12 @@
 """One MoE layer of K2's shape with everything kept against `activation=k2`: memory and time.
 
-    python -m benchmarks.activation_memory [--dial 8] [--length 2048] [--microbatches 16] [--rounds 5]
+    python -m benchmarks.activation_memory [--dial 8] [--length 2048] [--microbatches 16]
+                                           [--rounds 5]
 
 The layer of a pipeline's first stage: as many forwards as microbatches are in flight, on K2's 16
-stages 16, then their backwards. Widths are K2's, scaled by the dial (model=k2_family); 24 experts of which a token takes
-8, as on a rank of 16-way expert parallelism; router weights act before the down-projection; bf16.
+stages 16, then their backwards. Widths are K2's, scaled by the dial (model=k2_family); 24 experts
+of which a token takes 8, as on a rank of 16-way expert parallelism; router weights act before the
+down-projection; bf16.
 
 Memory is counted, not estimated: every storage that an operation of the step makes, kept or
 passing, until it is freed, counts while it lives; the host's slab does not, as on a GPU. What is
