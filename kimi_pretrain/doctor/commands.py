@@ -43,7 +43,7 @@ def main(argv: Sequence[str], launch: Launch) -> int:
 def _examine(config: Config, arguments: argparse.Namespace) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from kimi_pretrain.doctor.examine import examine  # torch
-    from kimi_pretrain.doctor.report import bug_report, json_text, lines
+    from kimi_pretrain.doctor.report import bug_report, json_text, text
     from kimi_pretrain.parallel.world import open_world
 
     with closing(open_world(_as_started(config.parallel))) as world:
@@ -51,7 +51,7 @@ def _examine(config: Config, arguments: argparse.Namespace) -> int:
             _write(arguments.report, "")  # before minutes of probes
         found = examine(config, world, socket.gethostname())
         if world.is_first:
-            print(json_text(found) if arguments.json else "\n".join(lines(found)), flush=True)
+            print(json_text(found) if arguments.json else text(found), flush=True)
             if arguments.report is not None:
                 _write(arguments.report, bug_report(found, arguments.overrides))
         # The first rank to leave with a code makes torchrun end the others: leave together.
