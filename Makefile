@@ -20,7 +20,7 @@ CSRC      := $(shell find csrc -type f -not -name '*.pyc')
 HAS_TORCH := -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow lint format bench clean
+.PHONY: help train test test-slow test-slurm system lint format bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -33,6 +33,15 @@ test: $(VENV)/dev  ## run the tests (ARGS: pytest arguments)
 
 test-slow: $(VENV)/dev  ## run the tests that take minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(ARGS)
+
+test-slurm: system $(VENV)/dev  ## run the tests on a real Slurm, and on two hosts one of which is lost
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/distributed/test_slurm.py \
+	    tests/distributed/test_two_hosts.py $(ARGS)
+
+system:  ## Debian packages of the launchers' tests (root; without them those are skipped)
+	@if ! which slurmctld munged ip >/dev/null; then apt-get -qq update && \
+	    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
+	    slurm-wlm munge iproute2 >/dev/null; fi
 
 lint: $(VENV)/dev  ## ruff and mypy
 	$(BIN)/ruff check .
