@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from kimi_pretrain.config.activation import Policy, policies
 from kimi_pretrain.config.schema import Config, ModelConfig
+from kimi_pretrain.plan.flops import head_is_cut
 
 BF16, FP32, INT64 = 2, 4, 8
 FP8 = 1 + FP32 / 128  # E4M3 and its tile's scale
@@ -116,8 +117,11 @@ def stage_kept(setting: Setting, layers: range) -> Kept:
             _add(parts[-1], phase, tokens)
     if layers.stop == model.num_hidden_layers:
         hidden = BF16 * model.hidden_size
-        # The loss computes both gradients in its forward and keeps them.
-        head = {"head": hidden * (tokens + model.vocab_size), "norm_in": (hidden + FP32) * tokens}
+        head = {"norm_in": float((hidden + FP32) * tokens)}
+        if head_is_cut(model, tokens):  # hidden states, labels and log-sum-exps
+            head |= {"norm_out": float(hidden * tokens), "head": float((INT64 + FP32) * tokens)}
+        else:  # both gradients, computed in forward
+            head["head"] = float(hidden * (tokens + model.vocab_size))
         _add(parts[-1], head, 1)
     return _kept(setting, parts)
 
