@@ -35,6 +35,7 @@ test-slow: $(VENV)/dev  ## run the tests that take minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(ARGS)
 
 test-slurm: system $(VENV)/dev  ## run the tests on a real Slurm, and on two hosts one of which is lost
+	@$(PIP) hydra-submitit-launcher
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/distributed/test_slurm.py \
 	    tests/distributed/test_two_hosts.py $(ARGS)
 

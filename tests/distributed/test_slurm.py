@@ -147,3 +147,29 @@ def test_what_cannot_run_is_one_line(
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert says.lower() in done.stderr.lower()
     assert slurm.ask("squeue", "--noheader") == ""
+
+
+@pytest.mark.slow
+def test_hydras_own_launcher_sweeps_on_slurm(slurm: Slurm, tmp_path: Path) -> None:
+    """Catches a job function that submitit cannot carry to a node, and jobs that share a folder."""
+    pytest.importorskip(
+        "hydra_plugins.hydra_submitit_launcher",
+        reason="no hydra-submitit-launcher: `make test-slurm`",
+    )
+    sweep = (
+        *("-m", "hydra/launcher=submitit_slurm", "hydra.launcher.mem_gb=null"),
+        *("hydra.launcher.timeout_min=5", f"hydra.sweep.dir={tmp_path}/sweep", "seed=0,1"),
+        *("experiment=smoke", "schedule.max_steps=2", "schedule.sample_tokens=0"),
+        *("schedule.bigram_baseline=false", "logging.report=false"),
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "kimi_pretrain", "train", *sweep],
+        cwd=ROOT,
+        env=slurm.variables,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [len(_rows(tmp_path / "sweep" / job)) for job in ("0", "1")] == [2, 2]
