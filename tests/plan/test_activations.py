@@ -100,7 +100,15 @@ def k2(policy: str) -> Setting:
 def test_k2s_policy_keeps_a_third() -> None:
     """Catches a tag that is recomputed and counted all the same: q, k, v and experts' outputs."""
     everything, few = layer_kept(k2("none"), moe=True), layer_kept(k2("k2"), moe=True)
-    assert set(few) == {"norm_in", "attn_out", "router", "route", "expert_up_in", "swiglu_in"}
+    assert set(few) == {
+        "norm_in",
+        "attn_out",
+        "router",
+        "route",
+        "way",
+        "expert_up_in",
+        "swiglu_in",
+    }
     assert few["expert_up_in"] == pytest.approx(8 * 7168 * (1 + 4 / 128))
     assert few["swiglu_in"] == pytest.approx(9 * 2 * 2048 * (1 + 4 / 128))
     assert sum(few.values()) < 0.35 * sum(everything.values())
