@@ -44,5 +44,5 @@ def test_a_directory_that_cannot_be_written_is_the_run_directorys_fault(
     assert callable(make)
     (tmp_path / "file").write_text("")
     for directory in (Path("/proc"), Path("/proc/run"), tmp_path / "file" / "run"):
-        with pytest.raises(ConfigError, match="run_dir: got .*; it must be writable"):
+        with pytest.raises(ConfigError, match=r"run_dir: got .*; it must be writable"):
             make(directory)
