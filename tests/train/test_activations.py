@@ -30,7 +30,8 @@ def room(activations: Activations) -> int:
 def test_room_on_the_host_is_the_plans() -> None:
     """Catches a slab that is the same for every rank and dtype, or that a user cannot set."""
     config = configured("activation=k2")
-    assert room(opened(config, 0)) > room(opened(config, 1)) > 0
+    assert room(opened(config, 0)) != room(opened(config, 1))
+    assert min(room(opened(config, rank)) for rank in (0, 1)) > 0
     assert room(opened(config, 0, torch.float32)) == pytest.approx(2 * room(opened(config)), abs=2)
     assert room(opened(configured("activation=k2", "activation.host_bytes=1000"))) == 1000
 
