@@ -88,7 +88,9 @@ class _Watch:
     def _rest(self, node: str) -> None:
         """A forward is over: what it made and is still alive, it keeps."""
         if self._forward:
-            self.kept.setdefault(_stage(self._forward), self.memory.of[self._forward])
+            stage, size = _stage(self._forward), self.memory.of[self._forward]
+            # The first one of a step also has what was made before it: the batch.
+            self.kept[stage] = min(size, self.kept.get(stage, size))
             self.resting = max(self.resting, sum(map(self._left, list(self.memory.of))))
         self._node, self._forward = node, ""
 

@@ -1,5 +1,7 @@
 """The training step with everything decided that values would decide."""
 
+from functools import cache, partial
+
 import torch
 from torch import Tensor
 
@@ -11,26 +13,35 @@ from kimi_pretrain.parallel.world import World
 from kimi_pretrain.train.step import TrainStep
 
 
-def balanced_choice(scores: Tensor, bias: Tensor, cfg: ModelConfig) -> Tensor:
+def balanced_choice(scores: Tensor, bias: Tensor, cfg: ModelConfig, ranks: int = 1) -> Tensor:
     """Experts that all get as many tokens, to one: [tokens, experts] scores to [tokens, k].
 
-    The j-th choices of all tokens go to the j-th part of the experts. Real, on the host: counts,
-    splits and routes follow from it as from a router's choice. Groups of experts
-    (``model.n_group``) are not heeded: they decide which nodes a token goes to, not how many
-    rows travel.
+    So does each of the ``ranks`` that share them. Real, on the host: counts, splits and routes
+    follow from it as from a router's choice. Groups of experts (``model.n_group``) are not heeded:
+    they decide which nodes a token goes to, not how many rows travel.
     """
     del bias
-    tokens, experts, k = scores.shape[0], cfg.n_routed_experts, cfg.num_experts_per_tok
-    slots = torch.arange(k * tokens) * experts // (k * tokens)
-    return slots.view(k, tokens).t().contiguous()
+    return _balanced(scores.shape[0], cfg.n_routed_experts, cfg.num_experts_per_tok, ranks).clone()
 
 
-def balance(model: RankModel) -> None:
-    """Let every router of ``model`` choose evenly, whatever its scores are."""
+@cache
+def _balanced(tokens: int, experts: int, k: int, ranks: int) -> Tensor:
+    """Token t's j-th expert has slot j * tokens + t, in expert order: no token has one twice."""
+    local = experts // ranks
+    slots = (torch.arange(ranks + 1) * (k * tokens) // ranks).diff()  # [ranks]
+    # A rank's last experts get what does not divide: neighbours of one size are one product.
+    more = torch.arange(local) >= local - (slots % local)[:, None]
+    counts = (slots // local)[:, None] + more.long()  # [ranks, local]
+    chosen = torch.arange(experts).repeat_interleave(counts.flatten())
+    return chosen.view(k, tokens).t().contiguous()
+
+
+def balance(model: RankModel, ranks: int) -> None:
+    """Let every router choose evenly among its experts, which ``ranks`` share."""
     for chunk in model.chunks.values():
         for layer in chunk.model.layers.values():
             if isinstance(layer, Layer) and layer.router is not None:
-                layer.router.choose = balanced_choice
+                layer.router.choose = partial(balanced_choice, ranks=ranks)
 
 
 class DryStep(TrainStep):
@@ -40,7 +51,7 @@ class DryStep(TrainStep):
     def open(cls, config: Config, dtype: torch.dtype, world: World) -> "DryStep":
         step = super().open(config, dtype, world)
         assert isinstance(step, DryStep)
-        balance(step.model)
+        balance(step.model, world.ep.size)
         return step
 
     def empty_record(self, sequences: int) -> StepRecord:

@@ -39,7 +39,7 @@ def train(rank: int, world_size: int) -> list[dict[str, Any]]:
     for shape, sharding in SHAPES:
         config = configured(shape, sharding)
         step = open_step(config, torch.bfloat16)
-        balance(step.model)
+        balance(step.model, step.world.ep.size)
         step.run(1, part_of(step.world), RATE)
         step.optimizer.buffers.gathered()
         world = step.world
