@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kimi_pretrain.config.errors import ConfigError
-from kimi_pretrain.ops import fp8_tiles, norm, permute, swiglu
+from kimi_pretrain.ops import attention, fp8_tiles, norm, permute, swiglu
 from kimi_pretrain.ops.native import functions, library
 
 CHOICES = ("auto", "reference", "native")
@@ -53,6 +53,7 @@ OPS = {
     "weighted_rows": Implementations(
         permute.weighted_rows, functions.weighted_rows, ("weighted_rows", "weighted_rows_backward")
     ),
+    "max_logits": Implementations(attention.max_logits, functions.max_logits, ("max_logits",)),
 }
 
 

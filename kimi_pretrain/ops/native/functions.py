@@ -63,5 +63,16 @@ def weighted_rows(rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor)
     return y
 
 
+@torch.no_grad()
+def max_logits(
+    q: Tensor, k: Tensor, scale: float, document_ids: Tensor | None, chosen: Tensor
+) -> Tensor:
+    """See ``kimi_pretrain.ops.attention.max_logits``; on a GPU without waiting for it."""
+    ids = None if document_ids is None else document_ids.to(torch.int64).contiguous()
+    op = torch.ops.kimi_pretrain.max_logits
+    maxima: Tensor = op(q.contiguous(), k.contiguous(), scale, ids, chosen.contiguous())
+    return maxima
+
+
 def _dense(*tensors: Tensor) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]

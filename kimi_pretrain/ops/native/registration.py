@@ -25,6 +25,7 @@ def register() -> None:
         summed_rows,
         weighted_rows,
         weighted_rows_backward,
+        max_logits,
     ):
         register_fake(f"kimi_pretrain::{shape_rule.__name__}", shape_rule)
     register_autograd("kimi_pretrain::swiglu", _swiglu_gradient, setup_context=_keep_gate_up)
@@ -104,6 +105,13 @@ def weighted_rows_backward(
 ) -> tuple[Tensor, Tensor]:
     """[tokens, width] and what the forward took -> gradients of rows and weights."""
     return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
+
+
+def max_logits(
+    q: Tensor, k: Tensor, scale: float, document_ids: Tensor | None, chosen: Tensor
+) -> Tensor:
+    """[batch, heads, length, width] twice, [batch, length], [heads] -> [heads] fp32."""
+    return q.new_empty(chosen.shape, dtype=torch.float32)
 
 
 # ---- derivatives --------------------------------------------------------------------------
