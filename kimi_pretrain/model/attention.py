@@ -9,6 +9,7 @@ from kimi_pretrain.model.norm import RMSNorm
 from kimi_pretrain.model.projection import Projection
 from kimi_pretrain.ops.attention import attention
 from kimi_pretrain.ops.mla_heads import mla_heads
+from kimi_pretrain.ops.saved import remade
 
 # The norms inside q_a and kv_a have this epsilon whatever rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
@@ -43,16 +44,19 @@ class MLA(nn.Module):
         batch, length, _ = hidden.shape
         by_head = (batch, length, cfg.num_attention_heads, -1)
         if cfg.q_lora_rank is None:
-            q = self.q_proj(hidden)
+            q_in, q_up = hidden, self.q_proj
         else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
+            q_in, q_up = self.q_a_layernorm(self.q_a_proj(hidden)), self.q_b_proj
         latent, k_rope = self.kv_a_proj_with_mqa(hidden).split(
             [cfg.kv_lora_rank, cfg.qk_rope_head_dim], dim=-1
         )
-        kv = self.kv_b_proj(self.kv_a_layernorm(latent))
-        queries, keys, values = mla_heads(
-            q.view(by_head), kv.view(by_head), k_rope, microbatch.cos, microbatch.sin
-        )
+        kv_in = self.kv_a_layernorm(latent)
+
+        def up(q_in: Tensor, kv_in: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            q, kv = q_up(q_in).view(by_head), self.kv_b_proj(kv_in).view(by_head)
+            return mla_heads(q, kv, k_rope, microbatch.cos, microbatch.sin)
+
+        queries, keys, values = remade("mla_up", up, q_in, kv_in, k_rope)
         scale, document_ids = microbatch.softmax_scale, microbatch.document_ids
         out, lse = attention(queries, keys, values, scale, document_ids)
         if microbatch.record is not None:

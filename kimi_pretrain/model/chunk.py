@@ -14,6 +14,7 @@ from kimi_pretrain.model.projection import Head
 from kimi_pretrain.model.record import StepRecord
 from kimi_pretrain.model.router import update_bias
 from kimi_pretrain.ops.embedding import embedding
+from kimi_pretrain.ops.saved import named
 from kimi_pretrain.parallel.dispatch import Dispatcher
 
 
@@ -25,6 +26,7 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocabulary, width, dtype=dtype))
 
     def forward(self, tokens: Tensor) -> Tensor:
+        named("tokens", tokens)
         return embedding(tokens, self.weight)
 
 

@@ -19,6 +19,7 @@ from kimi_pretrain.model.microbatch import Microbatch
 from kimi_pretrain.model.mlp import DenseMLP, MoE
 from kimi_pretrain.model.norm import RMSNorm
 from kimi_pretrain.model.router import Router
+from kimi_pretrain.ops.saved import named
 from kimi_pretrain.parallel.dispatch import (
     Arrived,
     Dispatcher,
@@ -94,6 +95,7 @@ class Layer(nn.Module):
         record = microbatch.record
         routing = self.mlp.gate(hidden, None if record is None else record.aux_scale)
         plan = plan_dispatch(routing.indices, self.cfg.n_routed_experts)
+        named("route", plan.order, plan.inverse)
         if record is not None:
             record.observe_routing(self.moe_index, plan.counts, routing.aux_loss)
         rows, sent = dispatcher.permute(hidden.flatten(0, 1), routing.weights, plan)
@@ -124,5 +126,8 @@ class Layer(nn.Module):
         dispatcher: Dispatcher,
     ) -> Tensor:
         """The weighted sum of each token's rows, which are back, and the residual."""
+        if not dispatcher.weights_at_experts:
+            named("expert_out", rows)
+            named("router", weights)
         total = dispatcher.unpermute(rows, weights, plan)
         return residual + total.view_as(residual)

@@ -8,6 +8,7 @@ from kimi_pretrain.model.projection import Projection
 from kimi_pretrain.model.router import Router
 from kimi_pretrain.ops.grouped import group_layout, grouped_linear, pad_rows, unpad_rows
 from kimi_pretrain.ops.linear import linear
+from kimi_pretrain.ops.saved import named, remade
 from kimi_pretrain.ops.swiglu import swiglu
 from kimi_pretrain.parallel.dispatch import Arrived
 
@@ -21,7 +22,9 @@ class DenseMLP(nn.Module):
         self.down_proj = Projection(intermediate, width, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down_proj(swiglu(linear(x, self.gate_up_proj)))
+        gate_up = linear(x, self.gate_up_proj)
+        named("swiglu_in", gate_up)
+        result: Tensor = self.down_proj(remade("expert_down_in", swiglu, gate_up))
         return result
 
 
@@ -43,10 +46,19 @@ class Experts(nn.Module):
         rows = arrived.rows
         layout = group_layout(arrived.sizes, 3 * width * intermediate, rows.dtype, rows.device)
         rows = pad_rows(rows, layout)
-        inner = swiglu(grouped_linear(rows, self.gate_up_proj, layout))
+        named("expert_up_in", rows)
+        gate_up = grouped_linear(rows, self.gate_up_proj, layout)
+        named("swiglu_in", gate_up)
+        inner = remade("expert_down_in", swiglu, gate_up)
         if arrived.weights is not None:
-            inner = (inner * pad_rows(arrived.weights[:, None], layout)).to(rows.dtype)
+            weights = pad_rows(arrived.weights[:, None], layout)
+            named("router", weights)
+            inner = remade("expert_down_in", _weighted, inner, weights)
         return unpad_rows(grouped_linear(inner, self.down_proj, layout), layout)
+
+
+def _weighted(inner: Tensor, weights: Tensor) -> Tensor:
+    return (inner * weights).to(inner.dtype)
 
 
 class MoE(nn.Module):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from kimi_pretrain.ops.norm import rms_norm
+from kimi_pretrain.ops.saved import named, remade
 
 
 class RMSNorm(nn.Module):
@@ -15,4 +16,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        named("norm_in", x)
+        return remade("norm_out", self._normalised, x)
+
+    def _normalised(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)

@@ -5,6 +5,7 @@ weights that are the unbiased scores, normalised and scaled; a sequence-wise aux
 against extreme imbalance within one sequence.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from kimi_pretrain.config.schema import ModelConfig
 from kimi_pretrain.ops.linear import linear
 from kimi_pretrain.ops.precision import accumulate_dtype
+from kimi_pretrain.ops.saved import named, remade
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,22 @@ class Routing:
     aux_loss: Tensor | None  # scalar without gradient; None where it is not wanted
 
 
+# scores [tokens, experts] and bias [experts] to indices [tokens, k], as ``choose_experts``
+Choose = Callable[[Tensor, Tensor, ModelConfig], Tensor]
+
+
 class Router(nn.Module):
-    """``mlp.gate`` of a layer; computes in fp32 (fp64 in an fp64 model)."""
+    """``mlp.gate`` of a layer; computes in fp32 (fp64 in an fp64 model).
+
+    ``choose`` may be replaced: a run without values (``dry_run``) cannot tell the largest score.
+    """
 
     e_score_correction_bias: Tensor
 
     def __init__(self, cfg: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.cfg = cfg
+        self.choose: Choose = choose_experts
         self.weight = nn.Parameter(torch.empty(cfg.n_routed_experts, cfg.hidden_size, dtype=dtype))
         # A bf16 bias could not move by 0.001 once it has grown: 0.5 + 0.001 rounds to 0.5.
         bias = torch.zeros(cfg.n_routed_experts, dtype=accumulate_dtype(dtype))
@@ -50,11 +60,12 @@ class Router(nn.Module):
         cfg = self.cfg
         batch = hidden.shape[0]
         high = accumulate_dtype(hidden.dtype)
-        logits = linear(hidden.to(high), self.weight)
+        logits = linear(remade("router_in", lambda x: x.to(high), hidden), self.weight)
         scores = logits.sigmoid()  # [batch, length, experts]
+        named("router", scores)
         with torch.no_grad():
             flat = scores.view(-1, cfg.n_routed_experts)  # [tokens, experts]
-            indices = choose_experts(flat, self.e_score_correction_bias, cfg)
+            indices = self.choose(flat, self.e_score_correction_bias, cfg)
             counts = _counts_per_sequence(indices, batch, cfg.n_routed_experts)
         aux_loss = None
         if aux_scale is not None and cfg.aux_loss_alpha > 0.0:
@@ -62,10 +73,15 @@ class Router(nn.Module):
             with torch.no_grad():
                 aux_loss = balance_loss(scores, load)
             if aux_scale != 0.0:
-                scores = _BalanceGradient.apply(scores, load * aux_scale)  # type: ignore[no-untyped-call]
+                load = load * aux_scale
+                named("router", load)
+                scores = _BalanceGradient.apply(scores, load)  # type: ignore[no-untyped-call]
+        named("route", indices)
         weights = scores.view(-1, cfg.n_routed_experts).gather(1, indices)  # [tokens, k]
         if cfg.norm_topk_prob:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+            total = weights.sum(dim=-1, keepdim=True) + 1e-20
+            named("router", weights, total)
+            weights = weights / total
         return Routing(indices, weights * cfg.routed_scaling_factor, counts, aux_loss)
 
 

@@ -1,10 +1,10 @@
 """Forward and backward of a chunk as generators that stop where communication flies.
 
-Every phase is a small autograd graph between detached tensors. Its ``Graph`` keeps the leaves
-it began from and the edges where gradients enter, not the outputs themselves: rows that have
-been sent are freed. A generator yields after every phase and wherever it has started an
-all-to-all: there whoever drives it computes something else, of another microbatch, and resumes
-it when the rows are wanted::
+Every phase is a small autograd graph between detached tensors. Its ``Graph`` keeps the edges
+where gradients enter, neither inputs nor outputs: what backward needs of them is in ``Saved``,
+and rows that have been sent are freed. A generator yields after every phase and wherever it has
+started an all-to-all: there whoever drives it computes something else, of another microbatch,
+and resumes it when the rows are wanted::
 
     forward    attend  [dispatch]  expert  [combine]   combine ...
     backward   combine [combine]   expert  [dispatch]  attend  ...
@@ -14,13 +14,14 @@ Driven straight through, the two are the forward and the backward of the same ph
 """
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from kimi_pretrain.activation.saved import Activations, Saved
 from kimi_pretrain.model.chunk import Chunk
 from kimi_pretrain.model.layer import Layer
 from kimi_pretrain.model.microbatch import Microbatch
@@ -37,26 +38,46 @@ class Stop(NamedTuple):
 Steps = Generator[Stop, None, Tensor]  # returns the result; computes nothing after the last stop
 
 
-class Graph:
-    """One phase's autograd graph, between leaves and the edges of its outputs."""
+class _Enter(torch.autograd.Function):
+    """Where a graph begins: ``inputs`` without a history, whose gradients go into ``found``.
 
-    def __init__(self, leaves: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> None:
-        self.leaves = leaves
+    A leaf of autograd's own would keep its tensor until backward, needed or not; this keeps
+    none. ``gate`` requires a gradient, never gets one, and makes the inputs require theirs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate: Tensor, found: list[Tensor | None], *inputs: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        ctx.found = found
+        ctx.set_materialize_grads(False)
+        return tuple(None if x is None else x.detach() for x in inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        ctx.found.extend(grads)
+        return (None, None, *[None] * len(grads))
+
+
+class Graph:
+    """One phase's autograd graph, from its inputs to the edges of its outputs."""
+
+    def __init__(self, found: list[Tensor | None], outputs: Sequence[Tensor | None]) -> None:
+        self._found = found
         self._edges: list[GradientEdge | None] = [
             get_gradient_edge(out) if out is not None and out.requires_grad else None
             for out in outputs
         ]
 
     def backward(self, *grads: Tensor | None) -> list[Tensor | None]:
-        """Gradients of the leaves from those of the outputs; the graph is spent."""
+        """Gradients of the inputs from those of the outputs; the graph is spent."""
         pairs = [
             (edge, grad)
             for edge, grad in zip(self._edges, grads, strict=True)
             if edge is not None and grad is not None
         ]
         torch.autograd.backward([edge for edge, _ in pairs], [grad for _, grad in pairs])
-        found = [None if leaf is None else leaf.grad for leaf in self.leaves]
-        self.leaves, self._edges = (), []
+        found, self._found, self._edges = self._found, [], []
         return found
 
 
@@ -74,9 +95,10 @@ class LayerTape:
 class ChunkTape:
     """What a chunk keeps of one microbatch."""
 
-    before: Graph | None  # the embedding, in the first chunk
-    layers: list[LayerTape]
-    after: Graph | None  # the final norm, and the loss, in the last chunk
+    saved: Saved
+    before: Graph | None = None  # the embedding, in the first chunk
+    layers: list[LayerTape] = field(default_factory=list)
+    after: Graph | None = None  # the final norm, and the loss, in the last chunk
 
 
 def straight(steps: Steps) -> Tensor:
@@ -96,6 +118,7 @@ def forward_steps(
     dispatcher: Dispatcher,
     keep: Callable[[ChunkTape], None],
     loss: Callable[[Tensor], Tensor] | None = None,
+    activations: Activations | None = None,
 ) -> Steps:
     """A chunk's forward of one microbatch.
 
@@ -106,21 +129,25 @@ def forward_steps(
         dispatcher: to the experts.
         keep: gets the tape.
         loss: in the last chunk: of the normalised hidden states.
+        activations: how what backward needs is kept; None: as it is.
 
     Returns:
         Hidden states [batch, length, hidden], detached; in the last chunk the loss.
     """
-    tape = ChunkTape(None, [], None)
+    saved = Saved(Activations.kept() if activations is None else activations)
+    saved.constants(microbatch.cos, microbatch.sin, microbatch.document_ids)
+    tape = ChunkTape(saved)
     backbone = chunk.model
     if hasattr(backbone, "embed_tokens"):
-        tape.before, (x,) = _run(lambda: (backbone.embed_tokens(x),))
+        tape.before, (x,) = _run(saved, lambda: (backbone.embed_tokens(x),))
         yield Stop("embedding")
     for layer in backbone.layers.values():
         assert isinstance(layer, Layer)
-        x = yield from _layer_forward(layer, x, microbatch, dispatcher, tape.layers)
+        x = yield from _layer_forward(layer, x, microbatch, dispatcher, tape)
     if loss is not None:
-        tape.after, (x,) = _run(lambda h: (loss(backbone.norm(h)),), x)
+        tape.after, (x,) = _run(saved, lambda h: (loss(backbone.norm(h)),), x)
         yield Stop("head")
+    saved.close()
     keep(tape)
     return x
 
@@ -153,16 +180,17 @@ def _layer_forward(
     x: Tensor,
     microbatch: Microbatch,
     dispatcher: Dispatcher,
-    tapes: list[LayerTape],
+    chunk: ChunkTape,
 ) -> Steps:
+    saved = chunk.saved
     if layer.router is None:
 
         def whole(x: Tensor) -> tuple[Tensor]:
             attended = layer.attend(x, microbatch, dispatcher)
             return (layer.dense(attended.residual, attended.hidden),)
 
-        graph, (x,) = _run(whole, x)
-        tapes.append(LayerTape(graph))
+        graph, (x,) = _run(saved, whole, x)
+        chunk.layers.append(LayerTape(graph))
         yield Stop("attend")
         return x
 
@@ -181,7 +209,7 @@ def _layer_forward(
             routed.weights,
         )
 
-    graph, (residual, hidden, rows, sent_weights, weights) = _run(attend, x)
+    graph, (residual, hidden, rows, sent_weights, weights) = _run(saved, attend, x)
     tape = LayerTape(graph)
     (plan,) = kept
     yield Stop("attend")
@@ -197,7 +225,9 @@ def _layer_forward(
 
     arrived_ = replace(arrived, rows=arrived.rows[:0], weights=None)
     tape.route = arrived.route
-    tape.expert, (residual, rows) = _run(expert, residual, hidden, arrived.rows, arrived.weights)
+    tape.expert, (residual, rows) = _run(
+        saved, expert, residual, hidden, arrived.rows, arrived.weights
+    )
     del arrived, hidden
     yield Stop("expert")
     back = dispatcher.send_back(rows, None, tape.route)
@@ -205,12 +235,13 @@ def _layer_forward(
     yield Stop("combine", back)
     (returned, _) = back.wait()
     tape.combine, (x,) = _run(
+        saved,
         lambda residual, rows, weights: (layer.combine(residual, rows, weights, plan, dispatcher),),
         residual,
         returned,
         weights,
     )
-    tapes.append(tape)
+    chunk.layers.append(tape)
     yield Stop("combine")
     return x
 
@@ -241,13 +272,18 @@ def _layer_backward(tape: LayerTape, grad: Tensor, dispatcher: Dispatcher) -> St
 
 
 def _run(
-    phase: Callable[..., tuple[Tensor | None, ...]], *inputs: Tensor | None
+    saved: Saved,
+    phase: Callable[..., tuple[Tensor | None, ...]],
+    *inputs: Tensor | None,
 ) -> tuple[Graph, tuple[Any, ...]]:
-    """A phase on detached inputs: its graph, and its outputs detached."""
-    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
-    with torch.enable_grad():
-        outputs = phase(*leaves)
-    graph = Graph(leaves, outputs)
+    """A phase on inputs without a history: its graph, and its outputs detached."""
+    found: list[Tensor | None] = []
+    with torch.enable_grad(), saved.watching():
+        if inputs:
+            gate = torch.empty(0, requires_grad=True)
+            inputs = _Enter.apply(gate, found, *inputs)  # type: ignore[no-untyped-call]
+        outputs = phase(*inputs)
+    graph = Graph(found, outputs)
     return graph, tuple(None if out is None else out.detach() for out in outputs)
 
 

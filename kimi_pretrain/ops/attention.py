@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from kimi_pretrain.ops.precision import accumulate_dtype
+from kimi_pretrain.ops.saved import keeps, named
 
 # Query rows of a block: an eighth of the length, within these. Short blocks waste less on
 # masked logits, long ones add to the gradients of keys and values less often.
 _MIN_ROWS, _MAX_ROWS = 64, 256
-# Logits of a block of rows and heads: 1 MiB in fp32, to stay in a core's own cache.
+# Logits of a block of rows and heads: 1 MiB in fp32, to stay in a core's own cache. An accelerator
+# has no such cache, and each block costs it some ten launches: 256 MiB.
 _BLOCK_ELEMENTS = 2**18
+_ACCELERATOR_BLOCK_ELEMENTS = 2**26
 # Softmax weights up to this many are kept for backward (16 MiB in bf16); more are recomputed.
 _KEPT_ELEMENTS = 2**23
 
@@ -91,7 +94,8 @@ class _Attention(torch.autograd.Function):
         out = torch.empty_like(values)
         lse = torch.empty(batch * heads, length, dtype=high, device=q.device)
         elements = batch * heads * length * (length + _MIN_ROWS) // 2
-        keep = any(ctx.needs_input_grad) and elements <= _KEPT_ELEMENTS
+        worth = elements <= _KEPT_ELEMENTS and keeps("attn_weights")
+        keep = any(ctx.needs_input_grad) and worth
         kept = []
         for pairs, rows, logits in _logits(_flat(q), _flat(k), scale, document_ids):
             weights = torch.softmax(logits, dim=-1)
@@ -103,6 +107,8 @@ class _Attention(torch.autograd.Function):
             if keep:
                 kept.append(weights)
         result = out.view(batch, heads, length, -1).transpose(1, 2).contiguous()
+        named("attn_out", result)
+        named("attn_weights", *kept)
         ctx.save_for_backward(q, k, v, result, document_ids, *kept)
         ctx.scale = scale
         lse = lse.view(batch, heads, length)
@@ -124,7 +130,7 @@ class _Attention(torch.autograd.Function):
         grad_v = torch.zeros_like(values, dtype=high)
         blocks: Iterator[tuple[slice, slice, Tensor]]
         if kept:
-            geometry = _blocks(queries.shape[0], queries.shape[1])
+            geometry = _blocks(queries)
             blocks = ((p, r, w) for (p, r), w in zip(geometry, kept, strict=True))
         else:
             recomputed = _logits(queries, keys, ctx.scale, document_ids)
@@ -150,10 +156,16 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[2:]).contiguous()
 
 
-def _blocks(pairs: int, length: int) -> Iterator[tuple[slice, slice]]:
-    """(pairs, rows): (sequence, head) pairs and query rows, which see the keys below rows.stop."""
+def _blocks(queries: Tensor) -> Iterator[tuple[slice, slice]]:
+    """(pairs, rows): (sequence, head) pairs and query rows, which see the keys below rows.stop.
+
+    Of queries [pairs, length, width].
+    """
+    pairs, length, _ = queries.shape
     size = min(max(_MIN_ROWS, length // 8), _MAX_ROWS)
-    step = max(1, _BLOCK_ELEMENTS // (size * length))
+    on_cpu = queries.device.type == "cpu"
+    elements = _BLOCK_ELEMENTS if on_cpu else _ACCELERATOR_BLOCK_ELEMENTS
+    step = max(1, elements // (size * length))
     for first_pair in range(0, pairs, step):
         for first in range(0, length, size):
             rows = slice(first, min(first + size, length))
@@ -173,7 +185,7 @@ def _logits(
     queries, keys = q.to(high) * scale, k.to(high).transpose(1, 2)
     second = [] if document_ids is None else _second_documents(document_ids)
     memory = torch.empty(0, dtype=high, device=q.device)
-    for pairs, rows in _blocks(q.shape[0], q.shape[1]):
+    for pairs, rows in _blocks(q):
         size = rows.stop - rows.start
         shape = (pairs.stop - pairs.start, size, rows.stop)
         if memory.numel() < math.prod(shape):

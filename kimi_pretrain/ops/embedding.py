@@ -21,12 +21,13 @@ def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens, weight)
+        ctx.weight = weight
+        ctx.save_for_backward(tokens)
         return torch.nn.functional.embedding(tokens, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None]:
-        tokens, weight = ctx.saved_tensors
+        (tokens,), weight = ctx.saved_tensors, ctx.weight
         high = accumulate_dtype(weight.dtype)
         main = main_gradient(weight)
         total = torch.zeros_like(weight, dtype=high) if main is None else main

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kimi_pretrain.ops.main_grad import deferred, deliver, delivered, main_gradient
+from kimi_pretrain.ops.saved import named
 
 # What a call costs beside its arithmetic, as arithmetic a core does in that time.
 _CALL_FLOPS = {torch.bfloat16: 4e6, torch.float32: 1e6, torch.float64: 5e5}
@@ -67,7 +68,9 @@ def group_layout(
             start += size
             padded += run.rows
     shift = torch.tensor(shifts).repeat_interleave(torch.tensor(sizes), output_size=start)
-    return GroupLayout(runs, total, (shift + torch.arange(start)).to(device))
+    position = (shift + torch.arange(start)).to(device)
+    named("route", position)
+    return GroupLayout(runs, total, position)
 
 
 def pad_rows(x: Tensor, layout: GroupLayout) -> Tensor:
@@ -103,8 +106,8 @@ def grouped_linear(x: Tensor, weight: Tensor, layout: GroupLayout) -> Tensor:
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, layout: GroupLayout) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.layout = layout
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.layout = weight, layout
         matrices = weight.flatten(1, -2)  # [groups, width_out, width_in]
         result = x.new_empty(x.shape[0], matrices.shape[1])
         transposed = matrices.transpose(1, 2)
@@ -114,7 +117,7 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.weight
         grad = grads[0].contiguous()
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:

@@ -25,12 +25,14 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        # Not through save_for_backward: a saved tensor comes back without its attributes.
+        ctx.weight = weight
+        ctx.save_for_backward(x)
         return torch.nn.functional.linear(x, _matrix(weight, x))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.weight
         grad = grads[0]
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kimi_pretrain.ops.main_grad import deliver
 from kimi_pretrain.ops.precision import accumulate_dtype
+from kimi_pretrain.ops.saved import named
 
 IGNORED = -100  # a label that takes no part in the loss
 
@@ -31,6 +32,9 @@ TILE_ELEMENTS = 2**22
 _MIN_TOKENS = 256
 # Logits widened to fp32 at a time: 512 KiB, so that they stay in a core's own cache.
 _BLOCK_ELEMENTS = 2**17
+# An accelerator has no such cache, and each tile costs it some twenty launches: tiles so much
+# larger (64 MiB in bf16), widened whole.
+_ACCELERATOR_TILES = 8
 
 
 def linear_cross_entropy(
@@ -82,17 +86,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             1.0 / denominator,
         )
         if tile_elements >= vocabulary * min(tokens, _MIN_TOKENS):
-            run, step = _whole_vocabulary, max(1, tile_elements // vocabulary)
+            run, other = _whole_vocabulary, vocabulary
         else:
-            run, step = _cut_vocabulary, max(1, tile_elements // tokens)
+            run, other = _cut_vocabulary, tokens
+        step = max(1, tile_elements * (1 if _on_cpu(hidden) else _ACCELERATOR_TILES) // other)
         losses, gradients = run(problem, step, differentiable)
         if gradients is not None:
-            ctx.save_for_backward(weight, *gradients)
+            ctx.weight = weight
+            named("head", *gradients)  # every saved tensor has a tag (ops/saved.py)
+            ctx.save_for_backward(*gradients)
         return torch.dot(losses, problem.valid) * problem.scale
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, grad_hidden, grad_weight = ctx.saved_tensors
+        (grad_hidden, grad_weight), weight = ctx.saved_tensors, ctx.weight
         grad = deliver(weight, grad_weight * grads[0])
         return grad_hidden * grads[0], grad, None, None, None, None
 
@@ -185,7 +192,12 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 
 def _blocks(tile: Tensor) -> Iterator[slice]:
     """Rows of a tile that are widened together."""
-    return _slices(tile.shape[0], max(1, _BLOCK_ELEMENTS // tile.shape[1]))
+    rows = tile.shape[0]
+    return _slices(rows, max(1, _BLOCK_ELEMENTS // tile.shape[1]) if _on_cpu(tile) else rows)
+
+
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
 
 
 def _targets_within(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:

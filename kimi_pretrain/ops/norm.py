@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kimi_pretrain.ops.main_grad import deliver
 from kimi_pretrain.ops.precision import accumulate_dtype
+from kimi_pretrain.ops.saved import named
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -31,14 +32,16 @@ class _RMSNorm(torch.autograd.Function):
         rows = x.to(high)  # [..., width]
         length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)  # [..., 1]
         scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
+        named("norm_in", scale)
+        ctx.weight = weight
+        ctx.save_for_backward(x, scale)
         return torch.mul(rows, scale).mul_(weight.to(high)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         # With n = x * scale and y = w * n:  dw = sum(dy * n),
         # dx = scale * (dy * w - n * mean(dy * w * n)).
-        x, weight, scale = ctx.saved_tensors
+        (x, scale), weight = ctx.saved_tensors, ctx.weight
         high = scale.dtype
         width = x.shape[-1]
         grad = grads[0].to(high)

@@ -1,11 +1,12 @@
 """The ranks of a run as one of them sees them: its place, its device and its groups."""
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -50,28 +51,59 @@ class World:
         return self.rank == 0
 
     def close(self) -> None:
-        """Leave every process group; again and again without harm."""
+        """Leave every process group and end its threads; again and again without harm.
+
+        Waits for what is in flight. A thread of gloo frees an operation's tensors some time
+        after ``wait`` has returned, and needs Python for that: one that is left when Python
+        ends aborts the process ("terminate called without an active exception"). Torch ends
+        the threads of a process group with the last reference to it, so none is kept here.
+        """
+        for group in (self.ep, self.pp, self.edp, self.dp, self.everyone):
+            group.process_group = group.downwards = None
+        self.mesh = None
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
+    def __enter__(self) -> Self:
+        return self
 
-def open_world(parallel: ParallelConfig) -> World:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close, but for an error that the other ranks do not share.
+
+        What is in flight then may wait for a lost peer, or for this rank itself; the process
+        is to end at once (``train.__main__``).
+        """
+        if error is None or isinstance(error, ConfigError):
+            self.close()
+
+
+def open_world(parallel: ParallelConfig, facts: Mapping[str, str] | None = None) -> World:
     """Meet the other ranks of the environment (torchrun's variables) and form the groups.
 
     One process alone opens no process group. Otherwise gloo carries CPU tensors and the
     accelerator's own backend (NCCL) a GPU's, and every operation ends within
     ``parallel.timeout_seconds``.
 
+    Args:
+        parallel: the topology, and how long to wait.
+        facts: what else must be the same on every rank, by name; compared before any process
+            group exists.
+
     Raises:
-        ConfigError: the number of ranks is not the configured topology's, or versions or
-            topologies differ between ranks.
+        ConfigError: the number of ranks is not the configured topology's, or versions,
+            ``facts`` or topologies differ between ranks (the same line on all of them).
         PeerError: some rank did not come in time.
     """
     place, topology = Place.of_environment(), Topology.of_config(parallel)
     _require_size(place, topology)
     device = _device(place.local_rank)
     if topology.world > 1:
-        _join(place, device, _facts(topology), parallel.timeout_seconds)
+        _join(place, device, _compared(topology, facts or {}), parallel.timeout_seconds)
     deadline = parallel.timeout_seconds
     formed = {
         kind: _form(kind, topology.group(kind, place.rank), topology, deadline)
@@ -180,15 +212,15 @@ def _require_size(place: Place, topology: Topology) -> None:
     raise ConfigError("number of ranks", place.world, f"the topology has {sizes}", fix)
 
 
-def _facts(topology: Topology) -> dict[str, str]:
-    """What must agree before ranks can even form groups; the rest is compared through them."""
-    sizes = f"edp {topology.edp} x pp {topology.pp} x ep {topology.ep}"
-    versions = {
-        "kimi_pretrain": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+def _compared(topology: Topology, facts: Mapping[str, str]) -> dict[str, str]:
+    """What must agree, causes first: another release may know other facts."""
+    return {
+        "version of kimi_pretrain": __version__,
+        "version of torch": str(torch.__version__),
+        "version of python": platform.python_version(),
+        **facts,
+        "topology": f"edp {topology.edp} x pp {topology.pp} x ep {topology.ep}",
     }
-    return {"topology": sizes, **{f"version of {name}": v for name, v in versions.items()}}
 
 
 def _device(local_rank: int) -> torch.device:

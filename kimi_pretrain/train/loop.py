@@ -7,7 +7,7 @@ weights, the optimizer state and one integer, and continues bitwise.
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from kimi_pretrain.config import exit_codes
@@ -15,6 +15,7 @@ from kimi_pretrain.config.schema import Config
 from kimi_pretrain.data.batches import Batch
 from kimi_pretrain.optim.lr import learning_rate
 from kimi_pretrain.parallel.world import open_world
+from kimi_pretrain.train.agreement import facts_of_run
 from kimi_pretrain.train.ending import evaluate_run, finish
 from kimi_pretrain.train.evaluate import Evaluation
 from kimi_pretrain.train.guards import (
@@ -36,7 +37,8 @@ def train(config: Config) -> int:
             the data, the run directory or an optional package can show to be wrong.
         PeerError: another rank failed or did not answer in time.
     """
-    with closing(open_world(config.parallel)) as world, stop_on_signal() as stop:
+    facts = facts_of_run(config)
+    with open_world(config.parallel, facts) as world, stop_on_signal() as stop:
         run = open_run(config, world)
         with run:
             try:

@@ -32,7 +32,7 @@ from kimi_pretrain.plan.parameters import count_parameters
 from kimi_pretrain.telemetry.console import Console
 from kimi_pretrain.telemetry.quantities import count as written
 from kimi_pretrain.telemetry.sinks import Sinks, check_sinks, open_sinks
-from kimi_pretrain.train.agreement import agreed_run_dir, require_agreement
+from kimi_pretrain.train.agreement import agreed_run_dir
 from kimi_pretrain.train.resume import CONFIG, restore_latest
 from kimi_pretrain.train.step import TrainStep
 from kimi_pretrain.train.throughput import measure_matmul_peak
@@ -119,12 +119,10 @@ def open_run(config: Config, world: World) -> Run:
     """Assemble the run of `config` and restore its last verified checkpoint, if any.
 
     Raises:
-        ConfigError: on every rank, when ranks differ, the data does not fit the model, the
-            run directory belongs to another run, or an optional package of a chosen sink
-            is missing.
+        ConfigError: on every rank, when the data does not fit the model, the run directory
+            belongs to another run, or an optional package of a chosen sink is missing.
     """
     opened = time.perf_counter()
-    require_agreement(world, config)
     config = replace(config, run_dir=agreed_run_dir(world, config))
     if not world.is_first:
         config = replace(config, logging=replace(config.logging, console="off"))

@@ -5,28 +5,28 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.parallel.errors import SharedConfigError
 from kimi_pretrain.parallel.world import World
 
 T = TypeVar("T")
 
 
 def together(world: World, action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank; all go on, or all raise the first rank's ConfigError.
+    """Run ``action`` on every rank; all go on, or all raise what the first that failed raised.
 
     A rank that gave up by itself would leave the others waiting for it until their deadline.
+
+    Raises:
+        SharedConfigError: ``action`` raised ConfigError on some rank.
     """
-    failure: ConfigError | None = None
-    result: list[T] = []
+    told, result = "", []
     try:
         result.append(action())
     except ConfigError as error:
-        failure = error
-    told = "" if failure is None else json.dumps(_parts(failure))
+        told = json.dumps(_parts(error))
     failures = [text for text in world.everyone.gather_texts(told) if text]
-    if failure is not None:
-        raise failure
     if failures:
-        raise ConfigError(*json.loads(failures[0]))
+        raise SharedConfigError(*json.loads(failures[0]))
     return result[0]
 
 

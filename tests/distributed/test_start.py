@@ -12,7 +12,7 @@ import pytest
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import ParallelConfig
 from kimi_pretrain.parallel.errors import PeerError
-from kimi_pretrain.parallel.rendezvous import disagreement, named
+from kimi_pretrain.parallel.rendezvous import Place, disagreement, meet, named
 from kimi_pretrain.parallel.world import open_world
 from tests.distributed.ranks import run_ranks
 
@@ -99,9 +99,23 @@ def test_another_topology_of_as_many_ranks_is_named() -> None:
     assert "topology on rank 1: got 'edp 2 x pp 1 x ep 2'" in lines[0]
 
 
+def _report_length(rank: int, size: int) -> int:
+    store = meet(Place(rank, size, rank), 30.0, {"long": "x" * 100_000})
+    return len(store.get(f"report/{rank}"))
+
+
+def test_a_report_is_short_whatever_it_stands_for() -> None:
+    """Catches whole configurations of 4,096 ranks, which rank 0 would read one by one."""
+    assert run_ranks(3, _report_length) == [32, 32, 32]
+
+
 def test_a_disagreement_names_the_odd_ones() -> None:
-    """Catches a line that blames the majority, and a key that only some ranks have."""
+    """Catches a line that blames the majority, a key that only some ranks have, and a
+    consequence (a digest) named before its cause."""
     assert disagreement([{"a": "1"}] * 3) is None
+    assert disagreement([{"a": "1", "b": "2"}, {"b": "2", "a": "1"}]) is None
+    error = disagreement([{"seed": "1", "digest": "1"}, {"seed": "2", "digest": "2"}])
+    assert str(error).startswith("seed on rank 1: ")
     error = disagreement([{"a": "1", "seed": "2"}, {"a": "1"}, {"a": "1", "seed": "2"}])
     assert str(error).startswith("seed on rank 1: got 'nothing'; ")
     assert named(range(300)) == "ranks 0, 1, 2, 3, 4, 5, 6, 7, ... (300 in all)"

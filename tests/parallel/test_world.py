@@ -1,6 +1,7 @@
 """A rank's view of the world: its groups over real processes, and what it refuses."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +59,25 @@ def test_every_group_has_the_topologys_ranks(pp: int, ep: int, dp: int) -> None:
             ranks = topology.group(kind, rank)
             assert found[kind] == (ranks, ranks.index(rank), sum(2**r for r in ranks)), kind
         assert found["everyone"][2] == 2**topology.world - 1
+
+
+def _threads_after(rank: int, size: int) -> list[str]:
+    """The threads of this process once a world has been used and left, an error on its way."""
+    try:
+        with open_world(ParallelConfig(pp=2, dp=size // 2)) as world:
+            world.everyone.gather_texts("text")
+            raise ConfigError("what", rank, "rule", "fix")
+    except ConfigError as error:
+        assert error.__traceback__ is not None  # its frames know the world
+        tasks = Path("/proc/self/task").iterdir()
+        return sorted((task / "comm").read_text().strip() for task in tasks)
+
+
+def test_no_thread_of_a_process_group_outlives_its_world() -> None:
+    """Catches a thread of gloo that wants Python while the process ends, which then says
+    "terminate called without an active exception" after its own last line, and dies of SIGABRT."""
+    for threads in run_ranks(4, _threads_after):
+        assert not [name for name in threads if "gloo" in name], threads
 
 
 def _exchange(rank: int, size: int) -> dict[int, tuple[bool, float]]:

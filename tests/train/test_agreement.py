@@ -3,12 +3,15 @@
 from os import chdir
 from pathlib import Path
 
+import torch
+
 from kimi_pretrain.config import compose
+from kimi_pretrain.config.schema import Config
 from kimi_pretrain.parallel.errors import SharedConfigError
 from kimi_pretrain.parallel.world import open_world
 from kimi_pretrain.pipeline.schedules import gpipe, interleaved_1f1b
 from kimi_pretrain.train import agreement
-from kimi_pretrain.train.agreement import agreed_run_dir, require_agreement
+from kimi_pretrain.train.agreement import agreed_run_dir, facts_of_run
 from tests.distributed.ranks import run_ranks
 
 
@@ -19,15 +22,19 @@ def _agree(rank: int, size: int, odd: int, override: str, version: str | None) -
         overrides.append(override)
         if version is not None:
             agreement.safetensors.__version__ = version
-    config = compose(overrides)
-    world = open_world(config.parallel)
+    return _meet(compose(overrides))
+
+
+def _meet(config: Config) -> str:
+    """The run directory that ranks agree on, or what they are told instead of meeting."""
     try:
-        require_agreement(world, config)
-        return agreed_run_dir(world, config)
+        world = open_world(config.parallel, facts_of_run(config))
     except SharedConfigError as error:
+        assert not torch.distributed.is_initialized()  # before the first collective
         return str(error)
-    finally:
-        world.close()
+    directory = agreed_run_dir(world, config)
+    world.close()
+    return directory
 
 
 def test_equal_ranks_take_rank_0s_run_directory() -> None:
@@ -53,10 +60,18 @@ def test_another_library_on_one_rank_is_named() -> None:
 
 def test_one_process_agrees_with_itself() -> None:
     """Catches a single run that gathers from nobody."""
-    config = compose(["experiment=smoke", "run_dir=runs/alone"])
-    world = open_world(config.parallel)
-    require_agreement(world, config)
-    assert agreed_run_dir(world, config) == "runs/alone"
+    assert _meet(compose(["experiment=smoke", "run_dir=runs/alone"])) == "runs/alone"
+
+
+def _agree_on_a_schedule(rank: int, size: int) -> str:
+    overrides = ["experiment=smoke", f"parallel.pp={size}", "schedule.micro_batch_size=1"]
+    return _meet(compose([*overrides, f"parallel.schedule={('gpipe', '1f1b')[rank]}"]))
+
+
+def test_another_schedule_is_named_by_its_key() -> None:
+    """Catches a digest, which nobody can act on, where a key says what to change."""
+    for line in run_ranks(2, _agree_on_a_schedule):
+        assert line.startswith("parallel.schedule on rank 1: got '1f1b'; ")
 
 
 def _agree_on_a_file(rank: int, size: int, folder: str) -> str:
@@ -70,14 +85,7 @@ def _agree_on_a_file(rank: int, size: int, folder: str) -> str:
             "parallel.schedule_file=rows",
         ]
     )
-    world = open_world(config.parallel)
-    try:
-        require_agreement(world, config)
-        return "agreed"
-    except SharedConfigError as error:
-        return str(error)
-    finally:
-        world.close()
+    return _meet(config)
 
 
 def test_another_schedule_in_a_file_of_the_same_name_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,157 @@
+"""A chunk under every policy: the same bits as with everything kept."""
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from kimi_pretrain.activation.offload import Offloader
+from kimi_pretrain.activation.saved import Activations, Saved, UntaggedError
+from kimi_pretrain.config.activation import PRESETS, TAGS, policies
+from kimi_pretrain.config.schema import ActivationConfig, ModelConfig
+from kimi_pretrain.model.build import from_config
+from kimi_pretrain.model.causal_lm import CausalLM
+from kimi_pretrain.model.microbatch import Microbatch
+from kimi_pretrain.model.record import StepRecord
+from kimi_pretrain.model.tape import ChunkTape, backward_steps, forward_steps, straight
+from kimi_pretrain.parallel.dispatch import LocalDispatcher
+
+TinyConfig = Callable[..., ModelConfig]
+LENGTH = 17
+CPU = torch.device("cpu")
+
+RECOMPUTE = {tag: "recompute" for tag, allowed in TAGS.items() if "recompute" in allowed}
+OFFLOAD = dict.fromkeys(TAGS, "offload")
+EXACT_K2 = {tag: text.replace("fp8+", "") for tag, text in PRESETS["k2"].items()}
+
+
+def custom(tags: Mapping[str, str]) -> Activations:
+    chosen = policies(ActivationConfig("custom", dict(tags)))
+    return Activations(chosen, Offloader(CPU, 2**22))
+
+
+class Run:
+    """One microbatch forwards and backwards through a whole model."""
+
+    def __init__(self, model: CausalLM, activations: Activations, at_experts: bool) -> None:
+        torch.manual_seed(0)
+        tokens, labels = torch.randint(model.config.vocab_size, (2, 2, LENGTH))
+        documents = torch.arange(LENGTH).expand(2, -1) // 7
+        dtype = model.lm_head.weight.dtype
+        self.record = StepRecord.for_model(
+            model.config, tau=0.01, aux_scale=1.0, dtype=torch.float64
+        )
+        shared = Microbatch.build(model.config, LENGTH, dtype, CPU, documents, self.record)
+        self.dispatcher = LocalDispatcher(at_experts)
+        self.tapes: list[ChunkTape] = []
+
+        def loss(hidden: Tensor) -> Tensor:
+            value: Tensor = model.lm_head(hidden.flatten(0, 1), labels.flatten())
+            return value
+
+        self.loss = straight(
+            forward_steps(
+                model, tokens, shared, self.dispatcher, self.tapes.append, loss, activations
+            )
+        )
+
+    def backward(self) -> None:
+        straight(backward_steps(self.tapes[0], torch.ones_like(self.loss), self.dispatcher))
+
+    @property
+    def saved(self) -> Saved:
+        return self.tapes[0].saved
+
+
+def _gradients(model: CausalLM) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at_experts", [False, True])
+@pytest.mark.parametrize("tags", [RECOMPUTE, OFFLOAD, EXACT_K2], ids=["again", "host", "k2"])
+def test_gradients_are_the_same_bits(
+    tiny: TinyConfig, tags: Mapping[str, str], at_experts: bool, dtype: torch.dtype
+) -> None:
+    """Catches a chain that computes something else again, or a copy that is not awaited."""
+    model = from_config(tiny(), dtype=dtype, dispatcher=LocalDispatcher(at_experts))
+    plain = Run(model, Activations.kept(), at_experts)
+    plain.backward()
+    want = _gradients(model)
+    activations = custom(tags)
+    assert activations.offloader is not None
+    run = Run(model, activations, at_experts)
+    activations.offloader.leave(run.saved.offloadable())
+    activations.offloader.settle(activations.offloader.mark())
+    if "offload" in tags.values():
+        left = run.saved.device_bytes()
+        assert not set(left) & {tag for tag, text in tags.items() if text == "offload"}
+    activations.offloader.fetch(run.saved.offloadable())
+    random = torch.get_rng_state()
+    counts = run.record.expert_counts.clone()
+    run.backward()
+    assert torch.equal(random, torch.get_rng_state())
+    assert torch.equal(counts, run.record.expert_counts)
+    assert torch.equal(run.loss, plain.loss)
+    assert torch.equal(run.record.max_logits, plain.record.max_logits)
+    for name, gradient in _gradients(model).items():
+        assert torch.equal(gradient, want[name]), name
+    assert activations.offloader.slab.spans.used == 0
+
+
+def test_every_saved_tensor_has_a_tag(tiny: TinyConfig) -> None:
+    """Catches an operation whose saved tensor no policy reaches: the walk meets all tags."""
+    model = from_config(tiny(), dtype=torch.bfloat16)
+    run = Run(model, Activations.kept(), at_experts=False)
+    assert set(run.saved.device_bytes()) == set(TAGS)
+
+
+def test_an_untagged_tensor_is_an_error(tiny: TinyConfig) -> None:
+    """Catches a walk that lets pass what it does not know."""
+    saved = Saved(Activations.kept())
+    x = torch.randn(3, requires_grad=True)
+    match = r"\(3,\) torch.float32 for backward, which no tag"
+    with pytest.raises(UntaggedError, match=match), saved.watching():
+        (x * x.sin()).sum()
+
+
+def test_recomputed_tags_take_no_memory(tiny: TinyConfig) -> None:
+    """Catches a chain that keeps its result next to its recipe."""
+    model = from_config(tiny(), dtype=torch.float32)
+    run = Run(model, custom(RECOMPUTE), at_experts=False)
+    assert not set(run.saved.device_bytes()) & set(RECOMPUTE)
+
+
+def test_fp8_tags_take_half_the_memory(tiny: TinyConfig) -> None:
+    """Catches tiles that lie beside the tensor that they were cut from."""
+    tags = {"expert_up_in": "fp8", "swiglu_in": "fp8"}
+    model = from_config(tiny(hidden_size=128), dtype=torch.bfloat16)
+    plain, run = Run(model, Activations.kept(), False), Run(model, custom(tags), False)
+    kept, small = plain.saved.device_bytes(), run.saved.device_bytes()
+    assert small["expert_up_in"] == kept["expert_up_in"] * (1 + 4 / 128) / 2
+    assert small["norm_in"] == kept["norm_in"]
+
+
+def test_a_chain_runs_once(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a norm that is computed again for each of the projections that read it."""
+    from kimi_pretrain.model import norm
+
+    model = from_config(tiny(), dtype=torch.float64)
+    run = Run(model, custom(RECOMPUTE), at_experts=False)
+    calls: list[int] = []
+    plain = norm.rms_norm
+
+    def counted(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        calls.append(id(weight))
+        return plain(x, weight, eps)
+
+    monkeypatch.setattr(norm, "rms_norm", counted)
+    run.backward()
+    in_layers = sum("norm.weight" in name for name, _ in model.model.layers.named_parameters())
+    assert len(calls) == len(set(calls)) >= in_layers > 0
