@@ -38,6 +38,10 @@ def validate(config: Config) -> None:
     _parallel(config.parallel)
     _one_of("launcher", config.launcher, names.LAUNCHERS)
     _one_of("precision", config.precision, names.PRECISIONS)
+    _one_of("kernels", config.kernels, names.KERNELS)
+    rule = "native kernels compute in bf16 or fp32, and precision=fp64 is plain torch"
+    fits = config.kernels != "native" or config.precision != "fp64"
+    _require(fits, "kernels", config.kernels, rule, "kernels=auto")
     _at_least("seed", config.seed, 0)
     peak = config.cluster.peak_flops
     if peak is not None:

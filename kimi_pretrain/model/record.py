@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kimi_pretrain.config.schema import ModelConfig
-from kimi_pretrain.ops.attention import max_logits
+from kimi_pretrain.ops import attention
 
 
 @dataclass
@@ -74,7 +74,7 @@ class StepRecord:
         lse: Tensor,
         scale: float,
         document_ids: Tensor | None,
-        exactly: Callable[..., Tensor] = max_logits,
+        exactly: Callable[..., Tensor] = attention.max_logits,
     ) -> None:
         """Fold one microbatch's logits of a layer into the maxima (QK-Clip, arXiv 2507.20534).
 

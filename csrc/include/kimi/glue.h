@@ -212,8 +212,11 @@ inline void check_norm(const Tensor& x, const Tensor& weight) {
 }
 
 // x [..., width], weight [width] -> (y [..., width], scale [..., 1] fp32 = 1 / sqrt(mean + eps)).
+// x may be a view, as MLA's latent is: it is copied for as long as this lasts, and autograd keeps the
+// view, whose storage others keep too.
 template <class Backend>
-std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& view, const Tensor& weight, double eps) {
+  const Tensor x = torch::stable::contiguous(view);
   check_norm(x, weight);
   Tensor y = empty(x, shape_of(x), x.scalar_type());
   Tensor scale = empty(x, with_width(x, 1), ScalarType::Float);
@@ -229,8 +232,9 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
 
 // (grad of x, grad of weight in fp32).
 template <class Backend>
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x,
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& view,
                                              const Tensor& weight, const Tensor& scale) {
+  const Tensor x = torch::stable::contiguous(view);
   check_norm(x, weight);
   check_grad(grad, shape_of(x));
   check_like(grad, x, "grad");

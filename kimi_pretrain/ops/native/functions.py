@@ -1,6 +1,7 @@
 """The library's ops as functions that take what their plain-torch definitions take.
 
-The kernels read dense rows; a view that is not dense is copied here, once.
+The kernels read dense rows; a view that is not dense is copied here, once (RMSNorm's within its
+op, so that backward keeps the view).
 """
 
 import torch
@@ -40,7 +41,7 @@ def swiglu_tiles_backward(grad: Tensor, q: Tensor, scale: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See ``kimi_pretrain.ops.norm.rms_norm``."""
-    y: Tensor = torch.ops.kimi_pretrain.rms_norm(x.contiguous(), weight.contiguous(), eps)[0]
+    y: Tensor = torch.ops.kimi_pretrain.rms_norm(x, weight, eps)[0]
     return y
 
 
