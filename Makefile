@@ -46,7 +46,7 @@ format: $(VENV)/dev  ## rewrite the sources in ruff's format
 bench: $(VENV)/bench $(READERS)/made  ## every benchmark, each printing a ratio against a named peer
 	@for name in optimizer_step training_throughput loss_at_equal_tokens sharded_optimizer \
 	    wire_bytes zero1_deepspeed executor_overhead pipeline_bubble simulator_truth \
-	    hidden_communication native_kernels; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	    hidden_communication native_kernels activation_memory; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 	@$(READERS)/bin/python -m benchmarks.data_reading
 
 gpu-check: $(VENV)/dev  ## on a machine with a GPU: kernels, bandwidth, streams, NCCL; writes gpu-check.md

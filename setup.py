@@ -81,6 +81,7 @@ setup(
             "splintr-rs>=0.22",  # holds Kimi K2's vocabulary, which tests rebuild and never commit
             "wandb",
             "tensorboard",
+            "prometheus-client",  # reads what our sink writes
         ],
     },
     entry_points={"console_scripts": ["kimi-pretrain=kimi_pretrain.cli:main"]},

@@ -107,9 +107,9 @@ class _Sleeps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         sleep(ctx.seconds[1])
-        product = partial(sleep, ctx.seconds[2])
-        if not deferred(ctx.weight, product):
-            product()
+        add = partial(sleep, ctx.seconds[2])
+        if not deferred(ctx.weight, grads[0], add):
+            add()
         return grads[0], None, None
 
 

@@ -18,10 +18,13 @@ USAGE = """\
 usage: kimi-pretrain COMMAND ...
 
   train     pretrain a model; without arguments: a nano model of the Kimi K2 family, in minutes
+  launch    start the ranks of a run here, as a Slurm job, or by ssh on the hosts of a file
   data      prepare, verify and inspect tokenized corpora
   plan      say what a run will need: layout, bytes and work of every rank
+  doctor    say whether this machine, or every rank of a job, is fit for a run
   ckpt      list, verify and export the checkpoints of a run
   report    write a page with plots of a run
+  top       watch a run in the terminal: its figures, what its time goes to, who is slow
   trace     draw a pipeline schedule, or a run's step beside it, in time
 
 kimi-pretrain COMMAND --help says more; docs/configuration.md lists what can be set.
@@ -86,10 +89,30 @@ def _command(module: str) -> Callable[[list[str]], int]:
 
 
 def _train(arguments: list[str]) -> int:
-    from kimi_pretrain.launch.local import launch
+    from kimi_pretrain.launch.command import start
     from kimi_pretrain.train.command import main as train
 
-    return train(arguments, partial(launch, "kimi_pretrain.train"))
+    return train(arguments, start)
+
+
+def _launch(arguments: list[str]) -> int:
+    from kimi_pretrain.launch.command import USAGE as USAGE_OF_LAUNCH
+    from kimi_pretrain.launch.command import parse, start
+    from kimi_pretrain.train.command import main as train
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE_OF_LAUNCH, end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else exit_codes.BAD_INPUT
+    asked = parse(arguments)
+    begin = partial(start, launcher=asked.launcher, dry_run=asked.dry_run)
+    return train(asked.overrides, begin)
+
+
+def _doctor(arguments: list[str]) -> int:
+    from kimi_pretrain.doctor.commands import main as doctor
+    from kimi_pretrain.launch.local import launch
+
+    return doctor(arguments, partial(launch, "kimi_pretrain.doctor"))
 
 
 def _report(arguments: list[str]) -> int:
@@ -108,10 +131,13 @@ def _report(arguments: list[str]) -> int:
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
+    "launch": _launch,
     "data": _command("kimi_pretrain.data.commands"),
     "plan": _command("kimi_pretrain.plan.commands"),
+    "doctor": _doctor,
     "ckpt": _command("kimi_pretrain.checkpoint.commands"),
     "report": _report,
+    "top": _command("kimi_pretrain.telemetry.top"),
     "trace": _command("kimi_pretrain.telemetry.commands"),
 }
 

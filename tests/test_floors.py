@@ -15,7 +15,7 @@ FLOORS = [
     {"model"},
     {"pipeline", "optim", "data"},
     {"plan", "telemetry", "checkpoint"},
-    {"train", "launch"},
+    {"train", "launch", "doctor"},
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,11 +32,20 @@ class Activations:
     offloader: Offloader | None = None  # where a policy offloads
     quantise: Callable[[Tensor], tuple[Tensor, Tensor]] = quantise_tiles
     dequantise: Callable[[Tensor, Tensor, torch.dtype], Tensor] = dequantise_tiles
+    live: "weakref.WeakSet[Saved]" = field(default_factory=weakref.WeakSet, init=False)
 
     @classmethod
     def kept(cls) -> "Activations":
         """Everything is kept as it is."""
         return cls(dict.fromkeys(TAGS, _KEEP))
+
+    def device_bytes(self) -> dict[str, int]:
+        """Bytes that lie on the device now, by tag: of all microbatches that are under way."""
+        total: dict[str, int] = {}
+        for saved in self.live:
+            for tag, size in saved.device_bytes().items():
+                total[tag] = total.get(tag, 0) + size
+        return total
 
     def handle(self, tag: str, tensor: Tensor) -> Handle:
         """What keeps ``tensor``'s storage."""
@@ -71,6 +80,7 @@ class Saved:
         self._known: dict[int, tuple[StorageWeakRef, Handle]] = {}
         self._handles: list[weakref.ref[Handle]] = []
         self._late: list[_Late] = []
+        activations.live.add(self)
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -49,7 +49,8 @@ TAGS: Mapping[str, tuple[str, ...]] = {
     "route": _ANYWHERE,  # which expert, in which order
     "expert_up_in": _WIDE,  # rows at their experts
     "swiglu_in": _WIDE,  # gate and up of dense layers, shared and routed experts
-    "expert_down_in": _REMADE,  # output of SwiGLU
+    "swiglu_out": _REMADE,  # of routed experts before router weights act on it (before_down)
+    "expert_down_in": _REMADE,  # input of every down-projection
     "expert_out": _ANYWHERE,  # rows that are back; only with router_weights=after_combine
     "head": _ANYWHERE,  # what the loss keeps
 }
@@ -65,6 +66,7 @@ PRESETS: Mapping[str, Mapping[str, str]] = {
         "mla_up": "recompute",
         "attn_weights": "recompute",
         "router_in": "recompute",
+        "swiglu_out": "recompute",
         "expert_down_in": "recompute",
         "expert_up_in": "fp8+offload",
         "swiglu_in": "fp8+offload",

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from kimi_pretrain.config.launcher import LauncherConfig
+
 
 @dataclass
 class RopeScalingConfig:
@@ -178,9 +180,12 @@ class ParallelConfig:
 
 @dataclass
 class ActivationConfig:
-    """What a layer keeps for backward."""
+    """What a layer keeps for backward (config/activation.py: the tags and their policies)."""
 
-    policy: str = "none"
+    policy: str = "none"  # none | k2 | custom
+    # of custom: tag -> keep | recompute | fp8 | offload | fp8+offload; tags left out are kept
+    tags: dict[str, str] = field(default_factory=dict)
+    host_bytes: int | None = None  # for what leaves the device, a rank; null: what the plan says
 
 
 @dataclass
@@ -217,18 +222,22 @@ class ClusterConfig:
     reserved_bytes: float = 3.0e9  # CUDA context, NCCL's buffers, workspaces of libraries
     fragmentation: float = 0.05  # of what is allocated anew every step
     efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
+    device: str = "gpu"  # gpu | cpu: what a rank computes on
+    environment: dict[str, str] = field(default_factory=dict)  # of every rank on its nodes
 
 
 @dataclass
 class LoggingConfig:
     """Where metrics go. metrics.jsonl is always written."""
 
-    sinks: list[str] = field(default_factory=list)  # wandb | tensorboard, beside jsonl
+    sinks: list[str] = field(default_factory=list)  # wandb | tensorboard | prometheus, beside jsonl
     console: str = "auto"  # auto | live | plain | off
     console_interval: int = 10  # steps between plain lines
     layer_interval: int = 10  # steps between rows of layers.jsonl (per-layer arrays)
+    rank_interval: int = 10  # steps between rows of ranks.jsonl (every rank's times compared)
     trace_step: int | None = None  # the step of which RUN/trace says who did what when
     report: bool = True  # write report/ at the end of the run
+    prometheus_file: str | None = None  # where that sink writes; null: RUN/metrics.prom
     wandb_project: str = "kimi_pretrain"
     wandb_mode: str = "offline"  # offline | online
 
@@ -250,5 +259,5 @@ class Config:
     seed: int = 0
     run_dir: str = MISSING
     resume: bool = True  # go on from run_dir's latest checkpoint if there is one
-    launcher: str = "local"
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     experiment: str | None = None  # the preset this came from, set by conf/experiment

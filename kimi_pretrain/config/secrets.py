@@ -25,11 +25,7 @@ def refuse_secrets(settings: Iterable[tuple[str, str]], environ: Mapping[str, st
         ConfigError: a key, a referenced variable or a value is a secret; the line names the
             key and masks the value.
     """
-    secrets = {
-        name: value
-        for name, value in environ.items()
-        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET
-    }
+    secrets = _secrets(environ)
     for key, text in settings:
         if _SECRET_NAME.search(key):
             rule = "a configuration is saved with the run and must hold no secret"
@@ -42,3 +38,23 @@ def refuse_secrets(settings: Iterable[tuple[str, str]], environ: Mapping[str, st
             if value in text:
                 rule = f"it holds the value of {variable} and a configuration is saved with the run"
                 raise ConfigError(key, _MASK, rule, "leaving it to the library that reads it")
+
+
+def masked(text: str, environ: Mapping[str, str]) -> str:
+    """``text`` without the values of those variables of ``environ`` that look like secrets."""
+    for value in sorted(_secrets(environ).values(), key=len, reverse=True):
+        text = text.replace(value, _MASK)
+    return text
+
+
+def is_secret(name: str) -> bool:
+    """Whether a key or a variable of that name holds a secret."""
+    return _SECRET_NAME.search(name) is not None
+
+
+def _secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in environ.items()
+        if is_secret(name) and len(value) >= _SHORTEST_SECRET
+    }

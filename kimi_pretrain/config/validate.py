@@ -10,9 +10,12 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from kimi_pretrain.config import names
+from kimi_pretrain.config.activation import policies
 from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.config.launcher import refuse_environment, validate_launcher
 from kimi_pretrain.config.nearest import nearest_name
 from kimi_pretrain.config.schema import (
+    ClusterConfig,
     Config,
     DataConfig,
     LoggingConfig,
@@ -36,16 +39,17 @@ def validate(config: Config) -> None:
     _data(config.data)
     _logging(config.logging)
     _parallel(config.parallel)
-    _one_of("launcher", config.launcher, names.LAUNCHERS)
+    policies(config.activation)
+    if config.activation.host_bytes is not None:
+        _at_least("activation.host_bytes", config.activation.host_bytes, 1)
+    validate_launcher(config.launcher)
+    _cluster(config.cluster)
     _one_of("precision", config.precision, names.PRECISIONS)
     _one_of("kernels", config.kernels, names.KERNELS)
     rule = "native kernels compute in bf16 or fp32, and precision=fp64 is plain torch"
     fits = config.kernels != "native" or config.precision != "fp64"
     _require(fits, "kernels", config.kernels, rule, "kernels=auto")
     _at_least("seed", config.seed, 0)
-    peak = config.cluster.peak_flops
-    if peak is not None:
-        _positive("cluster.peak_flops", peak, "989e12")
     _require(config.run_dir.strip() != "", "run_dir", config.run_dir, "it names a folder", "runs/a")
     _between_groups(config)
 
@@ -262,6 +266,14 @@ def _logging(logging: LoggingConfig) -> None:
     _one_of("logging.wandb_mode", logging.wandb_mode, names.WANDB_MODES)
     _at_least("logging.console_interval", logging.console_interval, 1)
     _at_least("logging.layer_interval", logging.layer_interval, 1)
+    _at_least("logging.rank_interval", logging.rank_interval, 1)
+    if logging.prometheus_file is not None and not logging.prometheus_file.endswith(".prom"):
+        raise ConfigError(
+            "logging.prometheus_file",
+            logging.prometheus_file,
+            "node-exporter's textfile collector reads files that end in .prom",
+            f"logging.prometheus_file={logging.prometheus_file}.prom",
+        )
     if logging.trace_step is not None:
         _at_least("logging.trace_step", logging.trace_step, 1)
 
@@ -281,12 +293,19 @@ def _parallel(parallel: ParallelConfig) -> None:
     _positive("parallel.timeout_seconds", parallel.timeout_seconds, "600")
 
 
+def _cluster(cluster: ClusterConfig) -> None:
+    if cluster.peak_flops is not None:
+        _positive("cluster.peak_flops", cluster.peak_flops, "989e12")
+    _one_of("cluster.device", cluster.device, ("gpu", "cpu"))
+    refuse_environment("cluster.environment", cluster.environment)
+
+
 def validate_training(config: Config) -> None:
     """What a plan may leave open and a training run may not, and what is not trained yet.
 
     Raises:
         ConfigError: a batch that does not divide over the replicas, stages without a
-            schedule, or an activation policy.
+            schedule.
     """
     parallel, schedule = config.parallel, config.schedule
     size, dp, micro = schedule.global_batch_size, parallel.dp, micro_batch_size(config)
@@ -300,9 +319,6 @@ def validate_training(config: Config) -> None:
     rule = f"parallel.pp x parallel.vpp = {stages} stages need a schedule"
     known = stages == 1 or order != "none" or parallel.schedule_file is not None
     _require(known, "parallel.schedule", order, rule, "parallel.schedule=k2")
-    policy = config.activation.policy
-    rule = "this version keeps every activation"
-    _require(policy == "none", "activation.policy", policy, rule, "activation.policy=none")
 
 
 # --- between groups -----------------------------------------------------------------------

@@ -49,8 +49,10 @@ class Experts(CallsKernels):
         named("expert_up_in", rows)
         gate_up = self.kernels.grouped_linear(rows, self.gate_up_proj, layout)
         named("swiglu_in", gate_up)
-        inner = remade("expert_down_in", self.kernels.swiglu, gate_up)
-        if arrived.weights is not None:
+        if arrived.weights is None:
+            inner = remade("expert_down_in", self.kernels.swiglu, gate_up)
+        else:
+            inner = remade("swiglu_out", self.kernels.swiglu, gate_up)
             weights = pad_rows(arrived.weights[:, None], layout)
             named("router", weights)
             inner = remade("expert_down_in", _weighted, inner, weights)

@@ -19,10 +19,11 @@ from kimi_pretrain.ops.saved import keeps, named
 # Query rows of a block: an eighth of the length, within these. Short blocks waste less on
 # masked logits, long ones add to the gradients of keys and values less often.
 _MIN_ROWS, _MAX_ROWS = 64, 256
-# Logits of a block of rows and heads: 1 MiB in fp32, to stay in a core's own cache. An accelerator
-# has no such cache, and each block costs it some ten launches: 256 MiB.
+# Logits of a block of rows and heads: 1 MiB in fp32, to stay in a core's own cache.
 _BLOCK_ELEMENTS = 2**18
-_ACCELERATOR_BLOCK_ELEMENTS = 2**26
+# An accelerator has no such cache, and each block costs it some ten launches: longer blocks of
+# 512 MiB, all of K2's heads at 4,096 tokens.
+_ACCELERATOR_ROWS, _ACCELERATOR_BLOCK_ELEMENTS = 512, 2**27
 # Softmax weights up to this many are kept for backward (16 MiB in bf16); more are recomputed.
 _KEPT_ELEMENTS = 2**23
 
@@ -156,15 +157,21 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[2:]).contiguous()
 
 
+def _largest(x: Tensor) -> tuple[int, int]:
+    """Rows and elements of a block where ``x`` is."""
+    if x.device.type == "cpu":
+        return _MAX_ROWS, _BLOCK_ELEMENTS
+    return _ACCELERATOR_ROWS, _ACCELERATOR_BLOCK_ELEMENTS
+
+
 def _blocks(queries: Tensor) -> Iterator[tuple[slice, slice]]:
     """(pairs, rows): (sequence, head) pairs and query rows, which see the keys below rows.stop.
 
     Of queries [pairs, length, width].
     """
     pairs, length, _ = queries.shape
-    size = min(max(_MIN_ROWS, length // 8), _MAX_ROWS)
-    on_cpu = queries.device.type == "cpu"
-    elements = _BLOCK_ELEMENTS if on_cpu else _ACCELERATOR_BLOCK_ELEMENTS
+    longest, elements = _largest(queries)
+    size = min(max(_MIN_ROWS, length // 8), longest)
     step = max(1, elements // (size * length))
     for first_pair in range(0, pairs, step):
         for first in range(0, length, size):
@@ -181,7 +188,8 @@ def _logits(
     The logits of one block overwrite those of the block before.
     """
     high = accumulate_dtype(q.dtype)
-    future = torch.full((_MAX_ROWS, _MAX_ROWS), -torch.inf, dtype=high, device=q.device).triu_(1)
+    longest, _ = _largest(q)
+    future = torch.full((longest, longest), -torch.inf, dtype=high, device=q.device).triu_(1)
     queries, keys = q.to(high) * scale, k.to(high).transpose(1, 2)
     second = [] if document_ids is None else _second_documents(document_ids)
     memory = torch.empty(0, dtype=high, device=q.device)

@@ -140,9 +140,9 @@ class _GroupedLinear(torch.autograd.Function):
 def _weight_gradient(weight: Tensor, grad: Tensor, x: Tensor, layout: GroupLayout) -> Tensor | None:
     if main_gradient(weight) is None:
         return _gradient(weight, grad, x, layout)
-    product = partial(_add_gradient, weight, grad, x, layout)
-    if not deferred(weight, product):
-        product()
+    add = partial(_add_gradient, weight, grad, x, layout)
+    if not deferred(weight, x, add):
+        add()
     return None
 
 

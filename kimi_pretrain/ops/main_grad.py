@@ -13,10 +13,17 @@ their fp32 sums unrounded.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Product(NamedTuple):
+    """A weight gradient that waits to be computed, and the input that waits with it."""
+
+    add: Callable[[], None]
+    x: Tensor
 
 
 class Deferral:
@@ -27,15 +34,15 @@ class Deferral:
     """
 
     def __init__(self) -> None:
-        self.into: list[Callable[[], None]] | None = None
+        self.into: list[Product] | None = None
 
 
-def deferred(weight: Tensor, product: Callable[[], None]) -> bool:
-    """Whether ``product``, which adds a gradient to ``weight.main_grad``, was put off."""
+def deferred(weight: Tensor, x: Tensor, add: Callable[[], None]) -> bool:
+    """Whether ``add``, which adds a gradient from ``x`` to ``weight.main_grad``, was put off."""
     deferral: Deferral | None = getattr(weight, "main_grad_deferral", None)
     if deferral is None or deferral.into is None:
         return False
-    deferral.into.append(product)
+    deferral.into.append(Product(add, x))
     return True
 
 
@@ -77,9 +84,9 @@ def deliver_product(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
     """
     if main_gradient(weight) is None:
         return torch.mm(grad.t(), x).view(weight.shape).to(weight.dtype)
-    product = partial(_add_product, weight, grad, x)
-    if not deferred(weight, product):
-        product()
+    add = partial(_add_product, weight, grad, x)
+    if not deferred(weight, x, add):
+        add()
     return None
 
 

@@ -17,6 +17,7 @@ What gloo lacks or does badly is settled here, once:
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -27,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kimi_pretrain.parallel.errors import PeerError, first_line
+from kimi_pretrain.parallel.stopwatch import Stopwatch
 
 # torch 2.13 renamed them and warns of the old names at every call.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -60,8 +62,10 @@ class Handle:
         what: str = "",
         deadline: float | None = None,
         finish: Callable[[], None] | None = None,
+        timed: AbstractContextManager[None] | None = None,
     ) -> None:
         self._work, self._what, self._deadline, self._finish = work, what, deadline, finish
+        self._timed = timed
 
     @property
     def done(self) -> bool:
@@ -75,17 +79,21 @@ class Handle:
             PeerError: it did not come before the deadline, or a peer is gone.
         """
         work, self._work = self._work, None
-        if work is not None:
-            try:
-                if self._deadline is None:
-                    work.wait()
-                else:
-                    work.wait(timedelta(seconds=self._deadline))
-            except RuntimeError as error:
-                raise PeerError(f"{self._what}: {first_line(error)}") from error
         finish, self._finish = self._finish, None
-        if finish is not None:
-            finish()
+        with nullcontext() if work is None or self._timed is None else self._timed:
+            if work is not None:
+                self._await(work)
+            if finish is not None:
+                finish()
+
+    def _await(self, work: Any) -> None:
+        try:
+            if self._deadline is None:
+                work.wait()
+            else:
+                work.wait(timedelta(seconds=self._deadline))
+        except RuntimeError as error:
+            raise PeerError(f"{self._what}: {first_line(error)}") from error
 
 
 class Group:
@@ -118,6 +126,7 @@ class Group:
         self.process_group, self.deadline = process_group, deadline
         self.downwards = process_group if downwards is None else downwards
         self.traffic = Traffic()
+        self.stopwatch: Stopwatch | None = None  # is told of every wait
 
     @property
     def size(self) -> int:
@@ -295,7 +304,8 @@ class Group:
         # With a time to wait for, NCCL would hold up this thread instead of the stream; there the
         # process group's own watchdog keeps the deadline.
         deadline = self.deadline if self.device.type == "cpu" else None
-        return Handle(work, what, deadline, finish)
+        timed = None if self.stopwatch is None else self.stopwatch.waiting(self.kind)
+        return Handle(work, what, deadline, finish, timed)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """What a rank says when another one does not answer."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from kimi_pretrain.config.errors import ConfigError
 
@@ -19,6 +20,15 @@ class PeerError(RuntimeError):
 
 class SharedConfigError(ConfigError):
     """A refusal that every rank raises, so rank 0 speaks for all."""
+
+
+@contextmanager
+def during(doing: str) -> Iterator[None]:
+    """A PeerError from within says what this rank was ``doing``."""
+    try:
+        yield
+    except PeerError as error:
+        raise PeerError(f"{error} (while {doing})", error.shared) from error
 
 
 def named(ranks: Sequence[int]) -> str:

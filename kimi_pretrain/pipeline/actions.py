@@ -17,11 +17,14 @@ SEND_B         3SEND_B4        the gradient of s's input leaves for stage s - 1
 RECV_B         3RECV_B4        the gradient of s's output arrives from stage s + 1
 OFFLOAD        3OFFLOAD4       what s keeps of m for backward leaves the device
 PREFETCH       3PREFETCH4      and comes back
+RECOMPUTE      3RECOMPUTE4     what s does not keep of m is computed again, ahead of its backward
 overlap        (3F4;7I3)OVERLAP_F_B   both, the all-to-all of one under the compute of the other
 =============  ==============  =============================================================
 
 A receive is posted where it stands and awaited by the compute action that needs it; a send is
-started where it stands.
+started where it stands. So are the copies of OFFLOAD and PREFETCH; what comes back is awaited by
+the first operation that needs it. Without a RECOMPUTE the backward computes again what it needs
+when it comes to it.
 """
 
 import hashlib
@@ -43,12 +46,14 @@ class Kind(StrEnum):
     RECV_B = "RECV_B"
     OFFLOAD = "OFFLOAD"
     PREFETCH = "PREFETCH"
+    RECOMPUTE = "RECOMPUTE"
 
 
 COMPUTE = frozenset({Kind.F, Kind.I, Kind.W, Kind.B})
 BACKWARD = frozenset({Kind.I, Kind.B})  # what yields the gradient of a stage's input
 SENDS = frozenset({Kind.SEND_F, Kind.SEND_B})
 RECEIVES = frozenset({Kind.RECV_F, Kind.RECV_B})
+COPIES = frozenset({Kind.OFFLOAD, Kind.PREFETCH})
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,7 @@ class Costs:
     p2p: float = 0.0  # a message between two ranks
     offload: float = 0.0  # the copy of one layer's saved activations from the device
     prefetch: float = 0.0  # and back
+    recompute: float = 0.0  # of one layer, where a RECOMPUTE stands; else it is in ``backward``
 
     def __post_init__(self) -> None:
         if not self.layers or min(self.layers) < 1:

@@ -4,6 +4,7 @@ from collections import Counter, deque
 
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.pipeline.actions import Action, Kind, Node, Overlap, Schedule
+from kimi_pretrain.pipeline.errors import MicrobatchError
 from kimi_pretrain.pipeline.shape import check_shape, v_placement
 
 
@@ -13,14 +14,15 @@ def dualpipe_v(pp: int, vpp: int, microbatches: int) -> Schedule:
     The loss is on the first rank, next to the embedding. A rank keeps up to 2 pp + 1.
 
     Raises:
-        ConfigError: ``vpp`` is not 2, or fewer than ``2 pp`` microbatches.
+        ConfigError: ``vpp`` is not 2.
+        MicrobatchError: fewer than ``2 pp`` microbatches.
     """
     check_shape(pp, vpp, microbatches)
     if vpp != 2:
         raise ConfigError("parallel.vpp", vpp, "dualpipe_v has two stages a rank", "parallel.vpp=2")
     if microbatches < 2 * pp:
         rule = "dualpipe_v fills its pipeline with twice as many microbatches as ranks"
-        raise ConfigError("microbatches", microbatches, rule, f"microbatches={2 * pp}")
+        raise MicrobatchError(microbatches, rule, 2 * pp)
     ranks = tuple(tuple(_row(rank, pp, microbatches)) for rank in range(pp))
     bound = (2 * pp + 1,) * pp
     return Schedule("dualpipe_v", pp, 2, microbatches, ranks, v_placement(pp), bound)

@@ -3,6 +3,18 @@
 from kimi_pretrain.config.errors import ConfigError
 
 
+class MicrobatchError(ConfigError):
+    """A schedule that wants another number of microbatches.
+
+    Attributes:
+        needed: the nearest number that it takes.
+    """
+
+    def __init__(self, microbatches: int, rule: str, needed: int) -> None:
+        self.needed = needed
+        super().__init__("microbatches", microbatches, rule, f"microbatches={needed}")
+
+
 class ScheduleError(ConfigError):
     """A schedule that cannot be run as it stands.
 

@@ -8,6 +8,9 @@
 - Weight gradients wait in a queue that the executor owns, by stage and microbatch: ``W``
   computes them. Of a whole backward (``B``) each layer's are computed while its rows fly, and
   the last layer's are held back until the gradient has been sent to the previous stage.
+- What a microbatch keeps leaves the device at an ``OFFLOAD``, is freed once the next computation
+  has been given, and comes back at its ``PREFETCH``; a ``RECOMPUTE`` computes again ahead of the
+  backward what that would compute again.
 - A ``PeerError`` tells which action the rank was in.
 """
 
@@ -19,21 +22,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kimi_pretrain.activation.offload import Offloader
+from kimi_pretrain.activation.saved import Activations, Saved
 from kimi_pretrain.model.microbatch import DeviceBatch, Microbatch
 from kimi_pretrain.model.rank_model import RankModel
 from kimi_pretrain.model.record import StepRecord
 from kimi_pretrain.model.tape import ChunkTape, Steps, backward_steps, forward_steps
-from kimi_pretrain.ops.main_grad import Deferral
+from kimi_pretrain.ops.main_grad import Deferral, Product
 from kimi_pretrain.parallel.collectives import Group
 from kimi_pretrain.parallel.dispatch import Dispatcher, Flight
-from kimi_pretrain.parallel.errors import PeerError
+from kimi_pretrain.parallel.errors import PeerError, during
 from kimi_pretrain.pipeline.actions import COMPUTE, Action, Kind, Node, Overlap, Schedule
 from kimi_pretrain.pipeline.mailbox import Key, Mailbox
-from kimi_pretrain.pipeline.timeline import ALL_TO_ALL, P2P
+from kimi_pretrain.pipeline.timeline import ALL_TO_ALL, COPY, P2P
 from kimi_pretrain.pipeline.watch import Observe, Watch
 
-Products = list[Callable[[], None]]  # matrix products that add weight gradients
+Products = list[Product]  # matrix products that add weight gradients
 Waiting = list[tuple[str, Products]]  # those of one backward, by the phase that put them off
+
+
+WAITING = "products"  # beside the tags: inputs of weight gradients, between I and W
 
 
 @dataclass
@@ -57,6 +65,7 @@ class Executor:
         dispatcher: Dispatcher,
         group: Group,
         observe: Observe | None = None,
+        activations: Activations | None = None,
     ) -> None:
         """An executor.
 
@@ -66,9 +75,13 @@ class Executor:
             dispatcher: to the experts.
             group: the ranks of this pipeline, in order.
             observe: is told when what was computed and what flew; may change between steps.
+            activations: how what backward needs is kept; None: as it is.
         """
         self.schedule, self.model, self.dispatcher, self.group = schedule, model, dispatcher, group
         self.observe = observe
+        self.activations = Activations.kept() if activations is None else activations
+        # told, after every segment, of the bytes on the device that backwards wait for, by tag
+        self.weigh: Callable[[dict[str, int]], None] | None = None
         self.deferral = Deferral()
         for _, parameter in model.named_parameters():
             parameter.main_grad_deferral = self.deferral  # type: ignore[attr-defined]
@@ -86,7 +99,8 @@ class Executor:
             except PeerError as error:
                 where = f"rank {self.group.ranks[self.group.index]} was in {node}"
                 raise PeerError(f"{error} ({where}, action {position} of the step)") from error
-        step.close()
+        with during("awaiting the last messages of the step's actions"):
+            step.close()
 
 
 @dataclass
@@ -116,6 +130,7 @@ class _Step:
     def __post_init__(self) -> None:
         self.schedule, self.model = self.executor.schedule, self.executor.model
         self.dispatcher, self.deferral = self.executor.dispatcher, self.executor.deferral
+        self.offloader = self.executor.activations.offloader
         batches, width = self.work.microbatches, self.model.config.hidden_size
         shapes = [(*batch.tokens.shape, width) for batch in batches]
         self.mail = Mailbox(self.executor.group, shapes, self.model.dtype, self.schedule.stages)
@@ -128,13 +143,17 @@ class _Step:
         self.forwards_left = len(mine) * self.schedule.microbatches
 
     def do(self, node: Node) -> None:
-        if isinstance(node, Overlap) or node.kind in COMPUTE:
+        computes = isinstance(node, Overlap) or node.kind in COMPUTE
+        if computes:
             self._compute_held()
         self.watch.node = str(node)
+        leaving = 0 if self.offloader is None else self.offloader.mark()
         if isinstance(node, Overlap):
             self._overlap(node.forward, node.backward)
         else:
             _DO[node.kind](self, node)
+        if computes and self.offloader is not None:
+            self.offloader.settle(leaving)
 
     def close(self) -> None:
         """The step is over.
@@ -167,6 +186,31 @@ class _Step:
         for _, products in self.queued.pop((action.stage, action.microbatch)):
             _compute(products)
         self.watch.computed(action, "weight", started)
+
+    def offload(self, action: Action) -> None:
+        started = perf_counter()
+        ticket = self._moving.leave(self._saved(action).offloadable())
+        if ticket is not None:
+            self.watch.flies(COPY, action, "", started, ticket)
+
+    def prefetch(self, action: Action) -> None:
+        started = perf_counter()
+        ticket = self._moving.fetch(self._saved(action).offloadable())
+        if ticket is not None:
+            self.watch.flies(COPY, action, "", started, ticket)
+
+    def recompute(self, action: Action) -> None:
+        started = perf_counter()
+        self._saved(action).recompute()
+        self.watch.computed(action, "again", started)
+
+    def _saved(self, action: Action) -> Saved:
+        return self.tapes[action.stage, action.microbatch].saved
+
+    @property
+    def _moving(self) -> Offloader:
+        assert self.offloader is not None, "a schedule that moves activations needs a policy"
+        return self.offloader
 
     def send_activation(self, action: Action) -> None:
         self._send(action, "activation", action.stage + 1)
@@ -222,6 +266,7 @@ class _Step:
                     strands.remove(strand)
                 elif at_once and strand.backward and waiting:
                     self._compute_waiting(strand.action, waiting)
+                self._weigh()
 
     def _go_on(self, strand: _Strand, waiting: Waiting | None) -> bool:
         """Compute until rows fly again; False once it has ended."""
@@ -246,6 +291,18 @@ class _Step:
             self.watch.computed(strand.action, phase, started)
             if waiting is not None and products:
                 waiting.append((phase, products))
+
+    def _weigh(self) -> None:
+        if self.executor.weigh is None:
+            return
+        waiting = {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+            for queue in self.queued.values()
+            for _, products in queue
+            for _, x in products
+        }
+        sizes = self.executor.activations.device_bytes()
+        self.executor.weigh(sizes | {WAITING: sum(waiting.values())})
 
     def _compute_held(self) -> None:
         if self.held is not None:
@@ -277,7 +334,8 @@ class _Step:
         def keep(tape: ChunkTape) -> None:
             self.tapes[stage, number] = tape
 
-        return forward_steps(chunk, x, self._microbatch(number), self.dispatcher, keep, loss)
+        shared, activations = self._microbatch(number), self.executor.activations
+        return forward_steps(chunk, x, shared, self.dispatcher, keep, loss, activations)
 
     def _backward(self, action: Action) -> Steps:
         stage, number = action.stage, action.microbatch
@@ -320,7 +378,7 @@ class _Step:
 @torch.no_grad()  # else a main gradient would become part of the forward's graph
 def _compute(products: Products) -> None:
     for product in products:
-        product()
+        product.add()
 
 
 _DO: Mapping[Kind, Callable[[_Step, Action], None]] = {
@@ -332,4 +390,7 @@ _DO: Mapping[Kind, Callable[[_Step, Action], None]] = {
     Kind.RECV_F: _Step.receive_activation,
     Kind.SEND_B: _Step.send_gradient,
     Kind.RECV_B: _Step.receive_gradient,
+    Kind.OFFLOAD: _Step.offload,
+    Kind.PREFETCH: _Step.prefetch,
+    Kind.RECOMPUTE: _Step.recompute,
 }

@@ -1,6 +1,7 @@
 """Passes: pure functions from a schedule to one that does the same work in another way.
 
-Their order: `overlap_expert_comm`, `split_weight_grad`, `insert_p2p`, `insert_offload`.
+Their order: `overlap_expert_comm`, `split_weight_grad`, `insert_p2p`, `insert_offload`,
+`insert_recompute`.
 """
 
 from bisect import bisect_left
@@ -184,6 +185,32 @@ def insert_offload(schedule: Schedule) -> Schedule:
         ScheduleError: offloads are in already.
     """
     ranks = [_offloaded(schedule, rank) for rank in range(schedule.pp)]
+    return replace(schedule, ranks=_rows(ranks))
+
+
+def insert_recompute(schedule: Schedule) -> Schedule:
+    """Adds a recomputation right before each backward, or the pair that it is half of.
+
+    There it runs while the gradient is on its way. Without it a backward computes again layer by
+    layer what it needs, which takes less memory and waits for the gradient first.
+
+    Raises:
+        ScheduleError: recomputations are in already.
+    """
+    ranks = []
+    for rank, row in enumerate(schedule.ranks):
+        out: list[Node] = []
+        for position, node in enumerate(row):
+            for action in leaves(node):
+                if action.kind is Kind.RECOMPUTE:
+                    rule = "insert_recompute runs once"
+                    raise ScheduleError(
+                        schedule.name, rank, position, str(node), rule, "leave it out"
+                    )
+                if action.kind in BACKWARD:
+                    out.append(Action(Kind.RECOMPUTE, action.stage, action.microbatch))
+            out.append(node)
+        ranks.append(out)
     return replace(schedule, ranks=_rows(ranks))
 
 

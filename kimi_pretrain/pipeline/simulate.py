@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 
 from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.pipeline import timeline
 from kimi_pretrain.pipeline.actions import (
     BACKWARD,
     COMPUTE,
+    COPIES,
     SENDS,
     Action,
     Kind,
@@ -132,6 +134,10 @@ class _Simulation:
                         yield _GRADIENT, stage, microbatch
                     if (Kind.OFFLOAD, stage, microbatch) in self.done:
                         yield Kind.PREFETCH, stage, microbatch
+                case Kind.RECOMPUTE:
+                    yield Kind.F, stage, microbatch
+                    if (Kind.OFFLOAD, stage, microbatch) in self.done:
+                        yield Kind.PREFETCH, stage, microbatch
                 case Kind.W | Kind.SEND_B:
                     yield Kind.I, stage, microbatch
                 case Kind.SEND_F | Kind.OFFLOAD:
@@ -143,8 +149,11 @@ class _Simulation:
         after = max((self.done[need] for need in self._needs(node)), default=0.0)
         if isinstance(node, Overlap) or node.kind in COMPUTE:
             self._compute(rank, node, after)
-        elif node.kind in (Kind.OFFLOAD, Kind.PREFETCH):
+        elif node.kind in COPIES:
             self._copy(rank, node, max(after, self.lanes[rank].now))
+        elif node.kind is Kind.RECOMPUTE:
+            seconds = self.costs.layers[node.stage] * self.costs.recompute
+            self.lanes[rank].use(timeline.COMPUTE, str(node), f"{node} again", seconds, after)
         elif node.kind in SENDS:
             self._send(rank, node, self.lanes[rank].now)
         else:

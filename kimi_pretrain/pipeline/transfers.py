@@ -47,13 +47,12 @@ def schedule_needs(schedule: Schedule, *, rendezvous: bool) -> Needs:
     """
     compute = compute_needs(schedule.stages)
     placement, p2p = schedule.placement, has_p2p(schedule)
-    offloaded = {
-        (leaf.stage, leaf.microbatch)
-        for row in schedule.ranks
-        for node in row
-        for leaf in leaves(node)
-        if leaf.kind is Kind.PREFETCH
-    }
+    ahead: dict[tuple[int, int], set[Kind]] = {}  # what is done to the kept before its backward
+    for row in schedule.ranks:
+        for node in row:
+            for leaf in leaves(node):
+                if leaf.kind in (Kind.PREFETCH, Kind.RECOMPUTE):
+                    ahead.setdefault((leaf.stage, leaf.microbatch), set()).add(leaf.kind)
 
     def needs(action: Action) -> Iterable[Event]:
         kind, stage, microbatch = action.kind, action.stage, action.microbatch
@@ -68,8 +67,9 @@ def schedule_needs(schedule: Schedule, *, rendezvous: bool) -> Needs:
                     else:
                         yield Kind.SEND_B, stage + 1, microbatch
                         yield Kind.RECV_B, stage, microbatch
-                if kind is not Kind.F and (stage, microbatch) in offloaded:
-                    yield Kind.PREFETCH, stage, microbatch
+                if kind is not Kind.F:
+                    for before in sorted(ahead.get((stage, microbatch), ())):
+                        yield before, stage, microbatch
             case Kind.W:
                 yield Kind.I, stage, microbatch
             case Kind.SEND_F:
@@ -84,5 +84,9 @@ def schedule_needs(schedule: Schedule, *, rendezvous: bool) -> Needs:
                 yield Kind.F, stage, microbatch
             case Kind.PREFETCH:
                 yield Kind.OFFLOAD, stage, microbatch
+            case Kind.RECOMPUTE:
+                yield Kind.F, stage, microbatch
+                if Kind.PREFETCH in ahead[stage, microbatch]:
+                    yield Kind.PREFETCH, stage, microbatch
 
     return needs

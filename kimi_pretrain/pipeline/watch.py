@@ -4,6 +4,7 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import NamedTuple
 
+from kimi_pretrain.ops.streams import Ticket
 from kimi_pretrain.parallel.collectives import Handle
 from kimi_pretrain.parallel.dispatch import Flight
 from kimi_pretrain.pipeline.timeline import COMPUTE
@@ -16,7 +17,7 @@ class _Flying(NamedTuple):
     resource: str
     name: str
     start: float
-    until: Handle | Flight[object]
+    until: Handle | Flight[object] | Ticket
 
 
 class Watch:
@@ -44,7 +45,7 @@ class Watch:
         action: object,
         phase: str,
         start: float,
-        until: Handle | Flight[object],
+        until: Handle | Flight[object] | Ticket,
     ) -> None:
         """Something has been under way since ``start``."""
         if self.observe is not None:

@@ -1,26 +1,26 @@
 """What a layer keeps of a token for its backward, tensor by tensor.
 
-Policy ``none`` is what the operations of ``model`` save today, read off their ``save_for_backward``
-and off the leaves that each phase's graph holds; a test counts the tensors of a real layer.
-Policy ``k2`` is what K2's report keeps (arXiv 2507.20534, section 2.4.3; design 4.4): outputs of
-RMSNorm, of the MLA up-projections and of SwiGLU are computed again, as are the experts' outputs;
-inputs of experts and of SwiGLU are FP8 with a scale for 128 values; and all lies in the host's
-memory. No run can do that yet.
+Sizes are those of the tensors that the operations of ``model`` save, by the tags that they give
+them (config/activation.py); a test walks a real layer. A policy then says which of them are
+computed again and take nothing, which lie in FP8 with a scale for 128 values, and which in the
+host's memory.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kimi_pretrain.config.errors import ConfigError
-from kimi_pretrain.config.nearest import nearest_name
+from kimi_pretrain.config.activation import Policy, policies
 from kimi_pretrain.config.schema import Config, ModelConfig
-
-POLICIES = ("none", "k2")
 
 BF16, FP32, INT64 = 2, 4, 8
 FP8 = 1 + FP32 / 128  # E4M3 and its tile's scale
 
 # Softmax weights of attention are kept up to this many (ops/attention.py; a test compares).
 ATTENTION_KEPT_ELEMENTS, ATTENTION_MIN_ROWS = 2**23, 64
+# Tags that a product with a weight reads.
+PRODUCT_INPUTS = ("norm_out", "attn_out", "router_in", "expert_up_in", "expert_down_in")
+
+Sizes = dict[str, float]  # bytes by tag
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Setting:
     """What of a configuration decides how much is kept."""
 
     model: ModelConfig
-    policy: str
+    policies: Mapping[str, Policy]
     weights_at_experts: bool  # router weights multiply before the down-projection
     sequence: int  # tokens
     sequences: int  # of a microbatch
@@ -40,14 +40,9 @@ class Setting:
         Raises:
             ConfigError: an unknown activation policy.
         """
-        policy = config.activation.policy
-        if policy not in POLICIES:
-            fix = f"activation.policy={nearest_name(policy, POLICIES)}"
-            rule = f"a plan knows {', '.join(POLICIES)}"
-            raise ConfigError("activation.policy", policy, rule, fix)
         return cls(
             config.model,
-            policy,
+            policies(config.activation),
             config.parallel.router_weights == "before_down",
             config.data.sequence_length,
             micro_batch_size,
@@ -58,33 +53,104 @@ class Setting:
         """Of a microbatch."""
         return self.sequence * self.sequences
 
+
+@dataclass(frozen=True)
+class Segment:
+    """Bytes of what a stage computes between two all-to-alls of its forward."""
+
+    kept: float  # for backward, on the device until it leaves
+    inputs: float  # of matrix products: they wait for W on the device, whatever their policy
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that one microbatch leaves on a stage for its backward, by tag."""
+
+    stays: dict[str, float]  # on the device
+    leaves: dict[str, float]  # for the host, where the schedule has the time
+    again: dict[str, float]  # nowhere: computed again, and on the device from then on
+    segments: tuple[Segment, ...]  # the same in the order of the forward
+
     @property
-    def offloads(self) -> bool:
-        """Whether what is kept lies in the host's memory."""
-        return self.policy == "k2"
+    def device(self) -> float:
+        """What never leaves."""
+        return sum(self.stays.values())
+
+    @property
+    def host(self) -> float:
+        """What may leave."""
+        return sum(self.leaves.values())
+
+    @property
+    def total(self) -> float:
+        return self.device + self.host
+
+    @property
+    def inputs(self) -> float:
+        """What waits between I and W."""
+        return sum(segment.inputs for segment in self.segments)
 
 
 def layer_kept(setting: Setting, moe: bool) -> dict[str, float]:
-    """Bytes a token that one layer keeps, by tag, with balanced routing."""
-    kept = _attention(setting) | (_experts(setting) if moe else _dense(setting))
-    return {tag: size for tag, size in kept.items() if size}
+    """Bytes a token that one layer keeps, on the device or the host, with balanced routing."""
+    kept = _kept(setting, _phases(setting, moe))
+    return kept.stays | kept.leaves
 
 
-def stage_kept(setting: Setting, layers: range) -> dict[str, float]:
-    """Bytes that one microbatch leaves on a stage for its backward, by tag."""
-    model, total = setting.model, dict[str, float]()
-    dense = sum(layer < model.first_k_dense_replace for layer in layers)
-    for moe, count in ((False, dense), (True, len(layers) - dense)):
-        if count:
-            for tag, size in layer_kept(setting, moe).items():
-                total[tag] = total.get(tag, 0.0) + count * size * setting.tokens
+def layer_leaves(setting: Setting, moe: bool) -> float:
+    """Bytes a token of one layer that may leave the device."""
+    return _kept(setting, _phases(setting, moe)).host
+
+
+def stage_kept(setting: Setting, layers: range) -> Kept:
+    """What one microbatch leaves on a stage for its backward."""
+    model, tokens = setting.model, setting.tokens
+    parts: list[Sizes] = [{}]
     if layers.start == 0:
-        total["tokens"] = float(INT64 * setting.tokens)
+        parts[0]["tokens"] = float(INT64 * tokens)
+    for layer in layers:
+        attend, *rest = _phases(setting, layer >= model.first_k_dense_replace)
+        _add(parts[-1], attend, tokens)
+        for phase in rest:
+            parts.append({})
+            _add(parts[-1], phase, tokens)
     if layers.stop == model.num_hidden_layers:
-        # The loss computes both gradients in its forward and keeps them.
         hidden = BF16 * model.hidden_size
-        total["head"] = float(2 * hidden * setting.tokens + hidden * model.vocab_size)
-    return total
+        # The loss computes both gradients in its forward and keeps them.
+        head = {"head": hidden * (tokens + model.vocab_size), "norm_in": (hidden + FP32) * tokens}
+        _add(parts[-1], head, 1)
+    return _kept(setting, parts)
+
+
+def _kept(setting: Setting, parts: Sequence[Sizes]) -> Kept:
+    """What the policies make of tensors as they are saved, in bytes by tag and segment."""
+    stays, leaves, again = Sizes(), Sizes(), Sizes()
+    segments = []
+    for part in parts:
+        size = 0.0
+        for tag, full in part.items():
+            policy = setting.policies[tag]
+            if policy.recompute:
+                _add(again, {tag: full}, 1)
+            elif full:
+                here = full * FP8 / BF16 if policy.fp8 else full
+                _add(leaves if policy.offload else stays, {tag: here}, 1)
+                size += here
+        segments.append(Segment(size, sum(part.get(tag, 0.0) for tag in PRODUCT_INPUTS)))
+    return Kept(stays, leaves, again, tuple(segments))
+
+
+def _add(total: Sizes, sizes: Mapping[str, float], times: float) -> None:
+    for tag, size in sizes.items():
+        total[tag] = total.get(tag, 0.0) + size * times
+
+
+def _phases(setting: Setting, moe: bool) -> list[Sizes]:
+    """Bytes a token of one layer by tag: of its one phase, or of attend, expert and combine."""
+    attention = _attention(setting)
+    return (
+        [attention | _router(setting), *_experts(setting)] if moe else [attention | _dense(setting)]
+    )
 
 
 def gradients_until_w(setting: Setting, layers: range) -> float:
@@ -106,51 +172,52 @@ def gradients_until_w(setting: Setting, layers: range) -> float:
     return float(setting.tokens * total)
 
 
-def _attention(setting: Setting) -> dict[str, float]:
-    """Of attention and the two norms; tensors of the width of the residual stream by name."""
-    model, keep = setting.model, setting.policy == "none"
+def _attention(setting: Setting) -> Sizes:
+    """Bytes a token of attention and the two norms."""
+    model = setting.model
     heads, hidden = model.num_attention_heads, BF16 * model.hidden_size
     latents = BF16 * (model.kv_lora_rank + model.qk_rope_head_dim + (model.q_lora_rank or 0))
     normed = BF16 * (model.kv_lora_rank + (model.q_lora_rank or 0))
     qk = 2 * BF16 * heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
     values = BF16 * heads * model.v_head_dim
-    up = qk + values
     weights = heads * setting.sequence * (setting.sequence + ATTENTION_MIN_ROWS) // 2
     small = weights * setting.sequences <= ATTENTION_KEPT_ELEMENTS
     scales = FP32 * (3 + (model.q_lora_rank is not None))  # of the norms, one a token
     return {
         "norm_in": float(2 * hidden + latents + scales),
-        "norm_out": float((2 * hidden + normed) * keep),
-        "mla_up": float(up * keep),
+        "norm_out": float(2 * hidden + normed),
+        "mla_up": float(qk + values),
         "attn_out": float(values),
-        "attn_weights": BF16 * weights / setting.sequence * small * keep,
+        "attn_weights": BF16 * weights / setting.sequence * small,
     }
 
 
-def _dense(setting: Setting) -> dict[str, float]:
+def _dense(setting: Setting) -> Sizes:
     width = setting.model.intermediate_size
+    return {"swiglu_in": float(BF16 * 2 * width), "expert_down_in": float(BF16 * width)}
+
+
+def _router(setting: Setting) -> Sizes:
+    model = setting.model
+    top_k = model.num_experts_per_tok
     return {
-        "swiglu_in": float(BF16 * 2 * width),
-        "expert_down_in": float(BF16 * width * (setting.policy == "none")),
+        "router_in": float(FP32 * model.hidden_size),
+        "router": float(FP32 * (model.n_routed_experts + top_k + 1)),  # scores, weights, their sum
+        "route": float(INT64 * 3 * top_k),  # indices, order and its inverse
     }
 
 
-def _experts(setting: Setting) -> dict[str, float]:
-    """Of router, experts and what surrounds them."""
-    model, keep = setting.model, setting.policy == "none"
+def _experts(setting: Setting) -> tuple[Sizes, Sizes]:
+    """Of experts, and of what comes back from them."""
+    model = setting.model
     top_k, hidden, width = model.num_experts_per_tok, model.hidden_size, model.moe_intermediate_size
     both = (top_k + model.n_shared_experts) * width
-    wide = BF16 if keep else FP8
-    down = both + top_k * width * setting.weights_at_experts  # before and after the weights
-    return {
-        "router": float(
-            FP32 * hidden * keep  # its input, widened
-            + FP32 * (model.n_routed_experts + 4 * top_k)  # scores; weights, twice, and sums
-            + INT64 * 6 * top_k  # indices, order and inverse, and those of the way
-        ),
-        "expert_up_in": wide * top_k * hidden,
-        "swiglu_in": wide * 2 * both,
-        "expert_down_in": float(BF16 * down * keep),
-        "expert_out": float(BF16 * top_k * hidden * keep),
-        "residual": float(BF16 * hidden * keep),  # with the shared expert's output added
+    weights = {"router": float(FP32 * top_k)}
+    inside = {
+        "expert_up_in": float(BF16 * top_k * hidden),
+        "swiglu_in": float(BF16 * 2 * both),
+        "expert_down_in": float(BF16 * both),
     }
+    if setting.weights_at_experts:
+        return inside | weights | {"swiglu_out": float(BF16 * top_k * width)}, {}
+    return inside, {"expert_out": float(BF16 * top_k * hidden)} | weights

@@ -6,13 +6,14 @@ limited by the GPU's memory and takes its bytes over that. Nothing is measured h
 
 from collections.abc import Sequence
 
+from kimi_pretrain.config.activation import offloads
 from kimi_pretrain.config.schema import Config, ModelConfig
 from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.parallel.topology import Topology
 from kimi_pretrain.pipeline.costs import Costs, Extra, Phases
-from kimi_pretrain.plan.activations import Setting, layer_kept
+from kimi_pretrain.plan.activations import Setting, layer_leaves
 from kimi_pretrain.plan.communication import all_to_all, message
-from kimi_pretrain.plan.flops import head_flops, head_products, layer_flops, recomputed_flops
+from kimi_pretrain.plan.flops import head_flops, head_products, layer_flops, up_projection_flops
 from kimi_pretrain.plan.hardware import Hardware
 from kimi_pretrain.plan.shapes import stage_specs
 
@@ -55,8 +56,8 @@ def run_costs(config: Config, layers: Sequence[range], hardware: Hardware) -> Co
             )
         )
     copies = 0.0
-    if setting.offloads:
-        copies = tokens * sum(layer_kept(setting, any_moe).values()) / hardware.host
+    if offloads(config.activation):
+        copies = tokens * layer_leaves(setting, any_moe) / hardware.host
     return Costs(
         layers=tuple(counts),
         forward=forward,
@@ -81,13 +82,15 @@ def _layer(
     attention = tokens * flops.attention / hardware.attention
     products = tokens * (flops.dense / hardware.matmul + flops.routed / hardware.grouped_matmul)
     outer, inner = tokens * around / hardware.memory, tokens * inside / hardware.memory
-    again = tokens * recomputed_flops(model, moe) / hardware.matmul if setting.offloads else 0.0
+    again = 0.0
+    if setting.policies["mla_up"].recompute:
+        again = tokens * up_projection_flops(model) / hardware.matmul
     outside, experts = _weights(model, moe, config.parallel.ep)
     return (
         Phases(attend=projections + attention + outer, expert=products + inner),
         Phases(
-            attend=projections + ATTENTION_BACKWARD * attention + BACKWARD_TRAFFIC * outer,
-            expert=products + BACKWARD_TRAFFIC * inner + again,
+            attend=projections + ATTENTION_BACKWARD * attention + BACKWARD_TRAFFIC * outer + again,
+            expert=products + BACKWARD_TRAFFIC * inner,
         ),
         Phases(
             attend=max(projections, ACCUMULATION_BYTES * outside / hardware.memory),

@@ -78,18 +78,28 @@ def head_products(model: ModelConfig, tokens: int) -> int:
     return 3 if whole else 4
 
 
-def recomputed_flops(model: ModelConfig, moe: bool) -> int:
-    """FLOPs a token and layer that K2's selective recomputation adds: q_b, kv_b, down-projections.
+def up_projection_flops(model: ModelConfig) -> int:
+    """FLOPs a token and layer of the projections that make queries, keys and values.
 
-    Of a dense layer the up-projections of attention only; K2's 61 layers give 19.18e9.
+    What recomputing ``mla_up`` adds: q_b and kv_b, or the full q_proj.
     """
     heads = model.num_attention_heads
     q = model.qk_nope_head_dim + model.qk_rope_head_dim
     up = model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim)
-    up += (model.q_lora_rank or 0) * heads * q
+    up += (model.q_lora_rank or model.hidden_size) * heads * q
+    return 2 * up
+
+
+def recomputed_flops(model: ModelConfig, moe: bool) -> int:
+    """FLOPs a token and layer that K2's published recomputation adds; K2's 61 layers: 19.18e9.
+
+    The up-projections of attention, and in a MoE layer the down-projections. Ours are not
+    computed again (docs/activations.md): with router weights before them nothing of their output
+    is needed.
+    """
     experts = model.num_experts_per_tok + model.n_shared_experts
     down = experts * model.moe_intermediate_size * model.hidden_size
-    return 2 * (up + down * moe)
+    return up_projection_flops(model) + 2 * down * moe
 
 
 def newton_schulz_flops_per_step(model: ModelConfig) -> int:

@@ -2,64 +2,111 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
-from kimi_pretrain.pipeline.actions import BACKWARD, Kind, Schedule, leaves
+from kimi_pretrain.pipeline.actions import COMPUTE, Action, Kind, Node, Schedule, leaves
+from kimi_pretrain.plan.activations import Kept
+
+Place = tuple[int, int]  # stage, microbatch
 
 
 @dataclass(frozen=True)
 class Held:
-    """The most that one rank holds at once."""
+    """What one rank holds, at its most or at one moment."""
 
     device: float  # bytes
     host: float  # bytes that were offloaded and have not come back
-    microbatches: int  # (stage, microbatch) on the device where the device holds most
+    microbatches: int  # (stage, microbatch) of which something is on the device
 
 
-def most_held(schedule: Schedule, rank: int, stage_bytes: Sequence[float]) -> Held:
-    """Walks a rank's row, which is the order in which it computes: no clock is needed.
+def most_held(schedule: Schedule, rank: int, kept: Sequence[Kept]) -> Held:
+    """The most that a rank holds on its device and on its host (not at the same time).
 
-    Held from the start of F to the end of W (of the backward where there is no W). What is
-    offloaded is still on the device during the next computation, and what comes back is there
-    from when its PREFETCH stands.
-
-    Args:
-        schedule: with or without messages and offloads.
-        rank: of the pipeline.
-        stage_bytes: [stages] what one microbatch leaves on a stage.
+    ``kept`` is what one microbatch leaves on each stage, [stages].
     """
-    row = schedule.ranks[rank]
-    split = {
-        (leaf.stage, leaf.microbatch)
-        for node in row
-        for leaf in leaves(node)
-        if leaf.kind is Kind.W
-    }
-    device: dict[tuple[int, int], float] = {}
-    leaving: list[tuple[int, int]] = []
-    host = most_host = now = most = 0.0
-    count = 0
-    for node in row:
-        freed: list[tuple[int, int]] = []
-        computes = False
+    moments = held_along(schedule, rank, kept)
+    fullest = max(moments, key=lambda held: held.device)
+    host = max(held.host for held in moments)
+    return Held(fullest.device, host, fullest.microbatches)
+
+
+def held_along(schedule: Schedule, rank: int, kept: Sequence[Kept]) -> list[Held]:
+    """[nodes] the most that a rank holds during each node of its row: the order needs no clock.
+
+    What F leaves is held until its backward comes to it, segment by segment; inputs of products
+    from then until W, where there is one. In a pair both go on in turn. What is offloaded is still
+    on the device during the next computation, and what comes back is there from when its PREFETCH
+    stands; what is recomputed ahead, from its RECOMPUTE.
+    """
+    device: dict[Place, float] = {}  # where something is, however little
+    leaving: list[Place] = []
+    now = host = 0.0
+    moments = []
+    for node in schedule.ranks[rank]:
+        most, computes = now, False
+        here = set(device)
+        if leaves(node)[0].kind in COMPUTE:
+            computes = True
+            most += _most_within([_changes(leaf, kept[leaf.stage]) for leaf in _in_turn(node)])
         for leaf in leaves(node):
-            place = leaf.stage, leaf.microbatch
-            size = stage_bytes[leaf.stage]
-            if leaf.kind is Kind.F or leaf.kind is Kind.PREFETCH:
-                device[place] = size
-                now += size
-                host -= size * (leaf.kind is Kind.PREFETCH)
-            elif leaf.kind is Kind.OFFLOAD:
-                leaving.append(place)
-                host += size
-            elif leaf.kind is Kind.W or (leaf.kind in BACKWARD and place not in split):
-                freed.append(place)
-            computes |= leaf.kind in (Kind.F, Kind.W) or leaf.kind in BACKWARD
-        if now > most:
-            most, count = now, len(device)
-        most_host = max(most_host, host)
+            place, stage = (leaf.stage, leaf.microbatch), kept[leaf.stage]
+            after = device.get(place, 0.0)
+            match leaf.kind:
+                case Kind.F:
+                    after = stage.total
+                case Kind.PREFETCH:
+                    host -= stage.host
+                    if place in leaving:  # it has not left yet
+                        leaving.remove(place)
+                    else:
+                        after += stage.host
+                case Kind.RECOMPUTE:
+                    after += sum(stage.again.values())
+                case Kind.OFFLOAD:
+                    leaving.append(place)
+                    host += stage.host
+                case Kind.I:
+                    after = stage.inputs
+                case Kind.W | Kind.B:
+                    after = 0.0
+            now += after - device.pop(place, 0.0)
+            if after:
+                device[place] = after
+                here.add(place)
+        moments.append(Held(max(now, most), host, len(here)))
         if computes:  # the copies before this computation are done
-            freed += leaving
+            for place in leaving:
+                now -= kept[place[0]].host
+                device[place] -= kept[place[0]].host
+                if not device[place]:
+                    del device[place]
             leaving = []
-        for place in freed:
-            now -= device.pop(place)
-    return Held(most, most_host, count)
+    return moments
+
+
+def _in_turn(node: Node) -> list[Action]:
+    """The actions of a node in the order in which they take turns: of a pair the backward first."""
+    return list(reversed(leaves(node)))
+
+
+def _changes(action: Action, kept: Kept) -> list[float]:
+    """What an action adds to the device, segment by segment."""
+    match action.kind:
+        case Kind.F:
+            return [segment.kept for segment in kept.segments]
+        case Kind.I:
+            return [segment.inputs - segment.kept for segment in reversed(kept.segments)]
+        case Kind.B:
+            return [-segment.kept for segment in reversed(kept.segments)]
+        case _:
+            return []
+
+
+def _most_within(strands: list[list[float]]) -> float:
+    """The most that is added at once if strands take turns."""
+    most = now = 0.0
+    for turn in zip_longest(*strands, fillvalue=0.0):
+        for change in turn:
+            now += change
+            most = max(most, now)
+    return most

@@ -112,14 +112,13 @@ def rank_memory(
     """
     setting = Setting.of(config, micro_batch_size(config))
     kept = [stage_kept(setting, layers) for layers in run.layers]
-    sizes = [sum(tags.values()) for tags in kept]
     ranks = []
     for rank, fixed in enumerate(static):
         stages = run.stages(rank)
-        held = most_held(run.schedule, rank, sizes)
+        held = most_held(run.schedule, rank, kept)
         tags: dict[str, float] = {}
         for stage in stages:
-            for tag, size in kept[stage].items():
+            for tag, size in (kept[stage].stays | kept[stage].leaves).items():
                 tags[tag] = tags.get(tag, 0.0) + size
         waiting = max(_waiting(setting, run, stage, rank) for stage in stages)
         flying = _flying(config, setting, run, rank)

@@ -108,7 +108,7 @@ def plan_run(config: Config, run: RunSchedule | None = None) -> Plan:
     topology = Topology.of_config(config.parallel)
     setting = Setting.of(config, micro_batch_size(config))
     if run is None:
-        run = run_schedule(config, offloads=setting.offloads)
+        run = run_schedule(config)
     layout = layout_report(config)
     static = static_of_layout(layout)
     flops, sent = [0.0] * topology.pp, [0.0] * topology.pp

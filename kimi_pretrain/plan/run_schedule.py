@@ -1,13 +1,15 @@
 """The schedule that a run of a configuration follows, and where its stages lie."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+from kimi_pretrain.config.activation import offloads, policies
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import ActivationConfig, Config
 from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.config.validate import validate_training
-from kimi_pretrain.pipeline.actions import Schedule
+from kimi_pretrain.pipeline.actions import COPIES, Kind, Schedule, leaves
+from kimi_pretrain.pipeline.errors import MicrobatchError
 from kimi_pretrain.pipeline.passes import insert_offload, insert_p2p
 from kimi_pretrain.pipeline.schedules import generate, one_f_one_b
 from kimi_pretrain.pipeline.shape import looped_placement, v_placement
@@ -28,21 +30,40 @@ class RunSchedule:
         return [s for s, place in enumerate(self.schedule.placement) if place == rank]
 
 
-def run_schedule(config: Config, *, offloads: bool = False) -> RunSchedule:
-    """What ``train`` would follow with ``config``.
+def run_schedule(config: Config) -> RunSchedule:
+    """What ``train`` follows with ``config``.
 
     Args:
         config: settled.
-        offloads: activations leave the device and come back.
 
     Raises:
-        ConfigError: a batch that does not divide, more stages than layers, or no such schedule.
+        ConfigError: a batch that does not divide, more stages than layers, no such schedule, or
+            an activation policy that does not go with it.
     """
-    # Policies that no run has yet can be planned.
-    validate_training(replace(config, activation=ActivationConfig()))
+    validate_training(config)
     layers = split_layers(config.model, config.parallel)
-    schedule = with_messages(named_schedule(config))
-    return RunSchedule(insert_offload(schedule) if offloads else schedule, tuple(layers))
+    return RunSchedule(complete(named_schedule(config), config.activation), tuple(layers))
+
+
+def complete(schedule: Schedule, activation: ActivationConfig) -> Schedule:
+    """A schedule with its messages, and with offloads where the policy wants them.
+
+    What is in it already stays as it is: a file may place both itself.
+
+    Raises:
+        ConfigError: it moves or recomputes activations, and no policy does.
+    """
+    has = {leaf.kind for row in schedule.ranks for node in row for leaf in leaves(node)}
+    chosen = policies(activation).values()
+    for kinds, wanted, rule in (
+        (COPIES, offloads(activation), "no tag has a policy that leaves the device"),
+        ({Kind.RECOMPUTE}, any(p.recompute for p in chosen), "no tag is computed again"),
+    ):
+        if has & kinds and not wanted:
+            key = "activation.policy"
+            raise ConfigError(key, activation.policy, f"of {schedule.name}: {rule}", f"{key}=k2")
+    schedule = with_messages(schedule)
+    return insert_offload(schedule) if offloads(activation) and not has & COPIES else schedule
 
 
 def named_schedule(config: Config) -> Schedule:
@@ -59,7 +80,12 @@ def named_schedule(config: Config) -> Schedule:
         return _read(Path(parallel.schedule_file), config)
     if parallel.schedule == "none":
         return one_f_one_b(1, 1, microbatches)
-    return generate(parallel.schedule, parallel.pp, parallel.vpp, microbatches)
+    try:
+        return generate(parallel.schedule, parallel.pp, parallel.vpp, microbatches)
+    except MicrobatchError as error:
+        rule = f"it makes {microbatches} microbatches, and {error.rule}"
+        key, fix = "schedule.global_batch_size", _batch_of(config, error.needed)
+        raise ConfigError(key, config.schedule.global_batch_size, rule, fix) from error
 
 
 def with_messages(schedule: Schedule) -> Schedule:
@@ -70,6 +96,17 @@ def with_messages(schedule: Schedule) -> Schedule:
 def microbatches_of(config: Config) -> int:
     """Microbatches of one replica in one step."""
     return config.schedule.global_batch_size // (micro_batch_size(config) * config.parallel.dp)
+
+
+def _batch_of(config: Config, microbatches: int) -> str:
+    """The nearest setting that makes so many microbatches of one replica in one step.
+
+    Where the batch divides into as many smaller ones, it may stay as it is.
+    """
+    dp, size = config.parallel.dp, micro_batch_size(config)
+    fix = f"schedule.global_batch_size={microbatches * size * dp}"
+    smaller, rest = divmod(config.schedule.global_batch_size, microbatches * dp)
+    return f"{fix}, or schedule.micro_batch_size={smaller}" if smaller and not rest else fix
 
 
 def rank_stages(config: Config) -> list[list[int]]:
@@ -96,7 +133,7 @@ def _read(path: Path, config: Config) -> Schedule:
     want = (parallel.pp, parallel.vpp, microbatches_of(config))
     if have != want:
         rule = "its ranks, stages a rank and microbatches are the run's, {} x {} x {}"
-        fix = f"parallel.pp={have[0]} parallel.vpp={have[1]} and {have[2]} microbatches"
+        fix = f"parallel.pp={have[0]} parallel.vpp={have[1]} {_batch_of(config, have[2])}"
         raise ConfigError(key, "{} x {} x {}".format(*have), rule.format(*want), fix)
     verify(schedule)  # before messages are put in: positions are the file's
     return schedule

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from time import monotonic
 
 from kimi_pretrain.config.errors import ConfigError
-from kimi_pretrain.config.schema import ActivationConfig, Config
+from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.settled import micro_batch_size, settled
 from kimi_pretrain.config.validate import validate_training
 from kimi_pretrain.plan.activations import Setting, stage_kept
@@ -170,7 +170,7 @@ def _bound(candidate: Candidate, config: Config, hardware: Hardware) -> float | 
     """Tokens/s/GPU that a layout cannot exceed; no schedule is made for it."""
     changed = candidate.of(config)
     try:
-        validate_training(replace(changed, activation=ActivationConfig()))
+        validate_training(changed)
         if candidate.schedule == "dualpipe_v" and microbatches_of(changed) < 2 * candidate.pp:
             fix = f"schedule.micro_batch_size={candidate.micro_batch_size // 2 or 1}"
             rule = f"dualpipe_v needs {2 * candidate.pp}"
@@ -185,8 +185,7 @@ def _judge(candidate: Candidate, config: Config, hardware: Hardware) -> Plan | R
     """The plan of a layout, or why it does not fit."""
     changed = candidate.of(config)
     try:
-        offloads = Setting.of(changed, candidate.micro_batch_size).offloads
-        run = run_schedule(changed, offloads=offloads)
+        run = run_schedule(changed)
     except ConfigError as error:
         return Rejected(candidate, "shape", str(error))
     stages = [run.stages(rank) for rank in range(candidate.pp)]
@@ -216,10 +215,8 @@ def _too_large(candidate: Candidate, config: Config, hardware: Hardware) -> Reje
     static = static_without_padding(config, layers, [placed[rank] for rank in ranks])
     for rank, held in zip(ranks, static, strict=True):
         fixed = held.parameters + held.gradients + held.optimizer + hardware.reserved_bytes
-        kept = 0.0
-        if not setting.offloads:
-            count = min(candidate.pp - rank, microbatches_of(config))
-            kept = count * sum(stage_kept(setting, layers[placed[rank][0]]).values())
+        count = min(candidate.pp - rank, microbatches_of(config))
+        kept = count * stage_kept(setting, layers[placed[rank][0]]).device
         over = fixed + kept - hardware.memory_bytes
         if over > 0:
             reason = (

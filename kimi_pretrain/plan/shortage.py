@@ -7,7 +7,6 @@ from itertools import combinations
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.settled import micro_batch_size
-from kimi_pretrain.plan.activations import Setting
 from kimi_pretrain.plan.bound import most_tokens
 from kimi_pretrain.plan.hardware import Hardware
 from kimi_pretrain.plan.memory import COMPONENTS, RankMemory, rank_memory, static_without_padding
@@ -127,8 +126,7 @@ def memory_of(config: Config) -> Sequence[RankMemory]:
         ConfigError: as ``plan_run``.
     """
     _check_experts(config)
-    offloads = Setting.of(config, micro_batch_size(config)).offloads
-    run = run_schedule(config, offloads=offloads)
+    run = run_schedule(config)
     stages = [run.stages(rank) for rank in range(config.parallel.pp)]
     static = static_without_padding(config, run.layers, stages)
     return rank_memory(config, run, static, Hardware.of(config.cluster))
@@ -157,7 +155,7 @@ def _steps(config: Config) -> Iterator[_Step]:
     if config.activation.policy == "none":
         yield _Step(
             "activation=k2",
-            "recomputation and copies to the host, which no run has yet",
+            "recomputation and copies to the host",
             lambda c: replace(c, activation=replace(c.activation, policy="k2")),
         )
     if config.model.n_routed_experts % (2 * parallel.ep) == 0 and parallel.dp % (2 * parallel.ep):

@@ -8,6 +8,7 @@ from typing import NoReturn
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.pipeline.actions import Schedule
 from kimi_pretrain.pipeline.costs import Costs, Extra, Phases
+from kimi_pretrain.pipeline.errors import MicrobatchError
 from kimi_pretrain.pipeline.schedules import GENERATORS, generate
 from kimi_pretrain.pipeline.simulate import simulate
 from kimi_pretrain.pipeline.timeline import Timeline, read_rows
@@ -28,6 +29,7 @@ _COSTS = {
     "p2p": (1.0,),
     "offload": (0.0,),
     "prefetch": (0.0,),
+    "recompute": (0.0,),
 }
 _PARTS = {
     "forward": "ATTEND,DISPATCH,EXPERT,COMBINE",
@@ -38,6 +40,7 @@ _PARTS = {
     "p2p": "MS",
     "offload": "MS",
     "prefetch": "MS",
+    "recompute": "MS",
 }
 _HELP = {
     "forward": "a layer forwards, by phase; dispatch and combine are its all-to-all",
@@ -48,6 +51,7 @@ _HELP = {
     "p2p": "a message between two ranks",
     "offload": "the copy of a layer's activations from the device",
     "prefetch": "and back",
+    "recompute": "a layer computed again, where a RECOMPUTE stands",
 }
 
 
@@ -123,7 +127,11 @@ def _schedule(arguments: argparse.Namespace) -> Schedule:
     for flag, value in shape.items():
         if value is None:
             raise ConfigError(flag, value, f"--schedule {arguments.schedule} needs it", f"{flag} 8")
-    return generate(arguments.schedule, arguments.pp, arguments.vpp, arguments.microbatches)
+    try:
+        return generate(arguments.schedule, arguments.pp, arguments.vpp, arguments.microbatches)
+    except MicrobatchError as error:
+        fix = f"--microbatches {error.needed}"
+        raise ConfigError("--microbatches", error.value, error.rule, fix) from error
 
 
 def _layers(arguments: argparse.Namespace, stages: int) -> tuple[int, ...]:
@@ -138,7 +146,7 @@ def _layers(arguments: argparse.Namespace, stages: int) -> tuple[int, ...]:
 
 
 def _costs(arguments: argparse.Namespace, layers: tuple[int, ...]) -> Costs:
-    forward, backward, weight, first, last, p2p, offload, prefetch = (
+    forward, backward, weight, first, last, p2p, offload, prefetch, again = (
         [part * _MILLISECOND for part in _milliseconds(name, getattr(arguments, name))]
         for name in _COSTS
     )
@@ -152,6 +160,7 @@ def _costs(arguments: argparse.Namespace, layers: tuple[int, ...]) -> Costs:
         *p2p,
         *offload,
         *prefetch,
+        *again,
     )
 
 

@@ -1,11 +1,12 @@
 """The record of a run: one JSON object a line, appended and flushed row by row.
 
-``metrics.jsonl`` holds one row a step, ``evals.jsonl`` one an evaluation,
-``layers.jsonl`` the per-layer arrays every so many steps, ``summary.json`` one object at
-the end. Floats are written by ``repr``, so reading gives back the same bits. Values that
-JSON has no word for are written as Python's ``json`` module writes and reads them:
-``NaN``, ``Infinity``, ``-Infinity``. They stay numbers that way for ``json.loads`` and
-pandas; jq reads null and the largest finite numbers, and a strict reader refuses the line.
+``metrics.jsonl`` holds one row a step, ``evals.jsonl`` one an evaluation, ``layers.jsonl`` the
+per-layer arrays and ``ranks.jsonl`` a comparison of ranks every so many steps,
+``summary.json`` one object at the end. Floats are written by ``repr``, so reading gives back
+the same bits. Values that JSON has no word for are written as Python's ``json`` module writes
+and reads them: ``NaN``, ``Infinity``, ``-Infinity``. They stay numbers that way for
+``json.loads`` and pandas; jq reads null and the largest finite numbers, and a strict reader
+refuses the line.
 """
 
 import json
@@ -15,12 +16,22 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.telemetry.breakdown import PARTS
 
-FILES = {"step": "metrics.jsonl", "eval": "evals.jsonl", "layers": "layers.jsonl"}
+FILES = {
+    "step": "metrics.jsonl",
+    "eval": "evals.jsonl",
+    "layers": "layers.jsonl",
+    "ranks": "ranks.jsonl",
+}
 SUMMARY = "summary.json"
+_BLOCK = 1 << 16  # bytes that newest_rows goes back at a time
 
 # What a resumed run may report differently from an uninterrupted one.
-TIMING_FIELDS = frozenset({"step_seconds", "tokens_per_second", "mfu", "seconds"})
+TIMING_FIELDS = frozenset(
+    {"step_seconds", "tokens_per_second", "mfu", "seconds", "goodput"}
+    | {f"{part}_seconds" for part in (*PARTS, "checkpoint")}
+)
 
 
 class JsonlSink:
@@ -36,7 +47,7 @@ class JsonlSink:
         self._open: dict[str, BinaryIO] = {}
 
     def row(self, kind: str, values: dict[str, Any]) -> None:
-        """Writes one row of kind ``step``, ``eval``, ``layers`` or ``summary``.
+        """Writes one row of kind ``step``, ``eval``, ``layers``, ``ranks`` or ``summary``.
 
         Arrays and scalars that offer ``tolist`` (numpy, tensors) are written as lists and
         numbers. Raises ``KeyError`` on another kind, ``TypeError`` on a value that is none
@@ -51,7 +62,7 @@ class JsonlSink:
             _cut_torn_line(path)
             self._open[kind] = path.open("ab")
         file = self._open[kind]
-        file.write(json.dumps(values, default=_as_list).encode() + b"\n")
+        file.write(_line(values))
         file.flush()
 
     def close(self) -> None:
@@ -106,6 +117,31 @@ def read_rows(
     return (row for row, _ in _rows(path, keep))
 
 
+def newest_rows(path: Path, count: int) -> list[dict[str, Any]]:
+    """The last ``count`` rows of a file that may be growing and large, oldest first.
+
+    Raises:
+        ConfigError: a complete line among them is not a JSON object.
+    """
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        start, tail = file.seek(0, os.SEEK_END), b""
+        while start > 0 and tail.count(b"\n") <= count:
+            start = max(0, start - _BLOCK)
+            file.seek(start)
+            tail = file.read()
+    whole = tail[: tail.rfind(b"\n") + 1].splitlines()[-count:]
+    return [_parse(line, str(path)) for line in whole]
+
+
+def append_row(path: Path, values: dict[str, Any]) -> None:
+    """Adds one row to a file that is written once a start, after any line left torn."""
+    _cut_torn_line(path)
+    with path.open("ab") as file:
+        file.write(_line(values))
+
+
 def _rows(
     path: Path, keep: Callable[[int], bool] = lambda index: True
 ) -> Iterator[tuple[dict[str, Any], int]]:
@@ -133,6 +169,10 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
             fix="removing that line",
         )
     return row
+
+
+def _line(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, default=_as_list).encode() + b"\n"
 
 
 def _as_list(value: Any) -> Any:

@@ -9,6 +9,8 @@ from kimi_pretrain.pipeline.actions import Kind, Schedule
 from kimi_pretrain.pipeline.costs import Costs, Extra, Phases
 from kimi_pretrain.pipeline.timeline import ALL_TO_ALL, COMPUTE, COPY, P2P, Interval, Timeline
 
+WHOLE = (Kind.W, Kind.OFFLOAD, Kind.PREFETCH, Kind.RECOMPUTE)  # one interval for a stage
+
 
 def measured_schedule(timeline: Timeline, name: str = "planned") -> Schedule:
     """What the ranks did, in the order in which they began it; messages are implied.
@@ -38,7 +40,7 @@ def measured_costs(timeline: Timeline, layers: tuple[int, ...] | None = None) ->
     flown: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     for stage, kind, phase, interval in _parsed(timeline):
         # One interval for all layers of a stage counts for each of them.
-        parts = layers[stage] if kind in (Kind.W, Kind.OFFLOAD, Kind.PREFETCH) else 1
+        parts = layers[stage] if kind in WHOLE else 1
         # B has the phases of I, and those of W under names of their own.
         kind = Kind.I if kind == Kind.B else kind
         key = (P2P, "") if interval.resource == P2P else (kind, phase)
@@ -77,6 +79,7 @@ def measured_costs(timeline: Timeline, layers: tuple[int, ...] | None = None) ->
         p2p=least(P2P),
         offload=middle(Kind.OFFLOAD),
         prefetch=middle(Kind.PREFETCH),
+        recompute=middle(Kind.RECOMPUTE, "again"),
     )
 
 

@@ -17,8 +17,9 @@ from kimi_pretrain.telemetry.jsonl import JsonlSink, truncate_after
 class Sink(Protocol):
     """Takes the rows of a run.
 
-    ``kind`` is ``step`` (one an optimizer step), ``eval``, ``layers`` (per-layer arrays) or
-    ``summary`` (once, at the end). Rows of steps, evaluations and layers carry ``step``.
+    ``kind`` is ``step`` (one an optimizer step), ``eval``, ``layers`` (per-layer arrays),
+    ``ranks`` (ranks compared) or ``summary`` (once, at the end). Rows but the summary carry
+    ``step``.
     """
 
     def row(self, kind: str, values: dict[str, Any]) -> None: ...
@@ -71,10 +72,17 @@ def _tensorboard(cfg: Config, run_dir: Path) -> Sink:
     return TensorboardSink(run_dir)
 
 
+def _prometheus(cfg: Config, run_dir: Path) -> Sink:
+    from kimi_pretrain.telemetry.prometheus_sink import PrometheusSink
+
+    return PrometheusSink(run_dir, cfg.logging.prometheus_file)
+
+
 SINKS: Mapping[str, Callable[[Config, Path], Sink]] = {
     "jsonl": _jsonl,
     "wandb": _wandb,
     "tensorboard": _tensorboard,
+    "prometheus": _prometheus,
 }
 # The package a sink needs beside the core ones; its extra has the same name.
 _PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}

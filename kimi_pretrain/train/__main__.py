@@ -4,10 +4,10 @@ import os
 import sys
 
 from kimi_pretrain.cli import main
-from kimi_pretrain.launch.local import report_as_rank
+from kimi_pretrain.launch.rank import report_as_rank, settle
 
 report_as_rank()
-code = main(["train", *sys.argv[1:]])
+code = settle(main(["train", *sys.argv[1:]]))
 sys.stdout.flush()
 sys.stderr.flush()
 # Python is not taken down: threads of process groups that lost a peer cannot be ended (gloo has

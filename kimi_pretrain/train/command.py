@@ -7,6 +7,7 @@ registries, so a configuration cannot name code to run.
 """
 
 import os
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -40,8 +41,9 @@ from kimi_pretrain.parallel.errors import PeerError
 from kimi_pretrain.train.schedule import training_schedule
 
 SPIN_COUNT = "10000"
+_LAUNCHERS = re.compile(r"[+~]*launcher[.=@]|run_dir=")  # overrides that ranks do not get
 
-Launch = Callable[[list[str], int], int]  # command line and number of ranks -> exit code
+Launch = Callable[[list[str], Config], int]  # command line of a rank, its run -> exit code
 
 
 class _EndOfSweep(BaseException):
@@ -57,8 +59,8 @@ def main(argv: list[str], launch: Launch) -> int:
 
     Args:
         argv: Hydra's flags and overrides.
-        launch: starts a job of several ranks, each with the command line it is given; one
-            that is itself such a rank trains.
+        launch: starts a job's ranks, each with the command line it is given. Where there is
+            only one, here, or where this is itself such a rank, it trains.
 
     Raises:
         ConfigError: a flag, a key, a value or a combination that cannot run.
@@ -80,11 +82,10 @@ def main(argv: list[str], launch: Launch) -> int:
         composing = False
         try:
             config = _job_config(composed)
-            ranks = config.parallel.pp * config.parallel.dp
-            if ranks > 1 and "RANK" not in os.environ:
-                codes.append(launch(_rank_arguments(arguments, config), ranks))
-            else:
+            if "RANK" in os.environ or _is_one_here(config):
                 codes.append(_train(config))
+            else:
+                codes.append(launch(_rank_arguments(arguments, config), config))
         except (ConfigError, PeerError) as error:
             raise _EndOfSweep(error) from error
         if codes[-1] == exit_codes.SIGNAL or codes[-1] > exit_codes.SIGNALLED:
@@ -161,6 +162,10 @@ def _refuse_flags(arguments: Namespace) -> None:
         raise ConfigError("--config-dir", arguments.config_dir, rule, "a folder of YAML files")
 
 
+def _is_one_here(config: Config) -> bool:
+    return config.launcher.name == "local" and config.parallel.pp * config.parallel.dp == 1
+
+
 def _names_run_dir(overrides: list[str]) -> bool:
     return any(override.startswith("run_dir=") for override in overrides)
 
@@ -174,14 +179,17 @@ def _job_config(composed: DictConfig) -> Config:
 
 
 def _rank_arguments(arguments: Namespace, config: Config) -> list[str]:
-    """The command line of each rank of a job: the job's own, its run directory made explicit."""
+    """The command line of each rank of a job: the job's own, its run directory made explicit.
+
+    Who starts the ranks is no business of theirs.
+    """
     overrides = HydraConfig.get().overrides
     path = config.run_dir.replace("'", "\\'")
     return [
-        *(f"--config-dir={folder}" for folder in [arguments.config_dir] if folder),
+        *(f"--config-dir={Path(f).absolute()}" for f in [arguments.config_dir] if f),
         *(f"--config-name={name}" for name in [arguments.config_name] if name),
         *(text for text in overrides.hydra if text.startswith("hydra.searchpath=")),
-        *(text for text in overrides.task if not _names_run_dir([text])),
+        *(text for text in overrides.task if not _LAUNCHERS.match(text)),
         f"run_dir='{path}'",
     ]
 

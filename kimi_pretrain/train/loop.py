@@ -63,13 +63,15 @@ def _steps(run: Run, stop: StopRequest) -> tuple[int, Evaluation | None]:
     """
     every = run.config.schedule
     evaluation = None
-    for step, batch, started in _batches(run):
+    saving = 0.0  # seconds for which the last step's checkpoint held up the loop
+    for step, batch in _batches(run):
         rate = learning_rate(every, run.config.optimizer.lr, run.tokens_per_step, step - 1)
         with _trace(run, step):
             result = run.train_step.run(step, batch, rate, stop.__bool__)
         # Several ranks stop together, at the step for which one of them asked in time.
         stopping = bool(stop) if run.world.size == 1 else result.stop
-        _log_step(run, step, result, rate, time.perf_counter() - started)
+        _log_step(run, step, result, rate, saving)
+        saving = 0.0
         last = step == run.total_steps
         if last or (every.eval_interval and step % every.eval_interval == 0):
             evaluation = evaluate_run(run)
@@ -79,7 +81,9 @@ def _steps(run: Run, stop: StopRequest) -> tuple[int, Evaluation | None]:
             or last
             or (every.checkpoint_interval and step % every.checkpoint_interval == 0)
         ):
+            began = time.perf_counter()
             run.save(step)
+            saving = time.perf_counter() - began
         if stopping and not last:
             reason = stop.signal_name or "a signal to another rank"
             run.console.note(
@@ -96,29 +100,32 @@ def _trace(run: Run, step: int) -> AbstractContextManager[None]:
     return traced(run.train_step.executor, run.world, run.directory / "trace")
 
 
-def _batches(run: Run) -> Iterator[tuple[int, Batch, float]]:
-    """(step, this replica's part of its batch, when waiting for it began), from the first step
-    that is not done.
+def _batches(run: Run) -> Iterator[tuple[int, Batch]]:
+    """(step, this replica's part of its batch), from the first step that is not done.
 
-    Steps count from 1. A step's seconds include the wait for its data.
+    Steps count from 1. A step's time begins with the wait for its data.
     """
     size = run.config.schedule.global_batch_size
     part = size // run.world.dp.size
     first = run.first_step * size + run.world.dp.index * part
     with run.stream(first_sample=first, count=part, stride=size) as batches:
         for step in range(run.first_step + 1, run.total_steps + 1):
-            started = time.perf_counter()
-            yield step, next(batches), started
+            run.train_step.stopwatch.start("data")
+            yield step, next(batches)
 
 
-def _log_step(run: Run, step: int, result: StepResult, rate: float, seconds: float) -> None:
+def _log_step(run: Run, step: int, result: StepResult, rate: float, saving: float) -> None:
     config = run.config
+    parts = run.train_step.stopwatch.stop()
+    run.comparison.add(parts)
     row = step_row(
         result,
         step=step,
         tokens_per_step=run.tokens_per_step,
         learning_rate=rate,
-        seconds=seconds,
+        parts=parts,
+        checkpoint_seconds=saving,
+        goodput=run.goodput.step(sum(parts.values())),
         flops_per_token=run.flops_per_token,
         peak_flops=run.peak_flops,
         clipped_heads=float(run.train_step.optimizer.qk_clip_metrics["share_clipped"] or 0.0),
@@ -128,6 +135,8 @@ def _log_step(run: Run, step: int, result: StepResult, rate: float, seconds: flo
     if step % config.logging.layer_interval == 0 or step == run.total_steps:
         tau = config.optimizer.qk_clip_threshold
         run.sinks.row("layers", layers_row(step, result.record, tau))
+    if step % config.logging.rank_interval == 0 or step == run.total_steps:
+        run.sinks.row("ranks", run.comparison.row(step))
 
 
 def _log_evaluation(run: Run, step: int, evaluation: Evaluation) -> None:

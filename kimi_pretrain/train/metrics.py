@@ -4,11 +4,13 @@ Pure functions from results to plain dictionaries; `telemetry` decides where the
 The fields are listed in docs/watching.md.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from kimi_pretrain.model.record import StepRecord
+from kimi_pretrain.telemetry.breakdown import part_fields
 from kimi_pretrain.train.evaluate import Evaluation
 from kimi_pretrain.train.step import StepResult
 
@@ -19,13 +21,15 @@ def step_row(
     step: int,
     tokens_per_step: int,
     learning_rate: float,
-    seconds: float,
+    parts: Mapping[str, float],
+    checkpoint_seconds: float,
+    goodput: float,
     flops_per_token: int,
     peak_flops: float,
     clipped_heads: float,
 ) -> dict[str, Any]:
     """One row of metrics.jsonl; `step` counts finished steps, so the first row is step 1."""
-    record = result.record
+    record, seconds = result.record, sum(parts.values())
     rate = tokens_per_step / seconds
     return {
         "step": step,
@@ -40,6 +44,9 @@ def step_row(
         "step_seconds": seconds,
         "tokens_per_second": rate,
         "mfu": rate * flops_per_token / peak_flops,
+        **part_fields(parts),
+        "checkpoint_seconds": checkpoint_seconds,
+        "goodput": goodput,
     }
 
 

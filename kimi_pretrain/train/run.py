@@ -10,6 +10,7 @@ from typing import Self
 
 import torch
 
+from kimi_pretrain.checkpoint.run_lock import hold_run_dir
 from kimi_pretrain.checkpoint.state import snapshot
 from kimi_pretrain.checkpoint.writer import CheckpointWriter
 from kimi_pretrain.config.errors import ConfigError
@@ -18,7 +19,6 @@ from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.data.batches import Batch, Prefetcher, TrainStream, heldout_windows
 from kimi_pretrain.data.corpus import ensure
-from kimi_pretrain.data.lock import exclusive
 from kimi_pretrain.data.prepared import PreparedData
 from kimi_pretrain.data.progress import console as progress_display
 from kimi_pretrain.data.progress import silent
@@ -31,9 +31,11 @@ from kimi_pretrain.pipeline.forward import ForwardPipeline
 from kimi_pretrain.plan.flops import training_flops_per_token
 from kimi_pretrain.plan.parameters import count_parameters
 from kimi_pretrain.telemetry.console import Console
+from kimi_pretrain.telemetry.goodput import Goodput, launched
 from kimi_pretrain.telemetry.quantities import count as written
 from kimi_pretrain.telemetry.sinks import Sinks, check_sinks, open_sinks
 from kimi_pretrain.train.agreement import agreed_run_dir
+from kimi_pretrain.train.comparison import Comparison, gpu_of
 from kimi_pretrain.train.resume import CONFIG, restore_latest
 from kimi_pretrain.train.step import TrainStep
 from kimi_pretrain.train.throughput import measure_matmul_peak
@@ -63,6 +65,8 @@ class Run:
     flops_per_token: int
     peak_flops: float
     opened: float  # time.perf_counter() when assembly began
+    goodput: Goodput
+    comparison: Comparison
     lock: ExitStack  # held until the run is closed
 
     def stream(
@@ -123,13 +127,13 @@ def open_run(config: Config, world: World) -> Run:
         ConfigError: on every rank, when the data does not fit the model, the run directory
             belongs to another run, or an optional package of a chosen sink is missing.
     """
-    opened = time.perf_counter()
+    opened, began = time.perf_counter(), time.time()
     config = replace(config, run_dir=agreed_run_dir(world, config))
     if not world.is_first:
         config = replace(config, logging=replace(config.logging, console="off"))
     directory = Path(config.run_dir)
     console = Console(config.logging)
-    lock = together(world, lambda: _lock(directory) if world.is_first else ExitStack())
+    lock = together(world, lambda: hold_run_dir(directory) if world.is_first else ExitStack())
     data = together(world, lambda: _data(config, world))
     dtype, device = resolve(config.precision), world.device
     train_step = together(world, lambda: TrainStep.open(config, dtype, world))
@@ -137,7 +141,19 @@ def open_run(config: Config, world: World) -> Run:
     if world.is_first:
         save_config(config, directory / CONFIG)
     tokens_per_step = config.schedule.global_batch_size * config.data.sequence_length
-    sinks = open_sinks(config, directory, first_step) if world.is_first else Sinks([])
+    sinks = together(
+        world,
+        lambda: open_sinks(config, directory, first_step) if world.is_first else Sinks([]),
+    )
+    steps = total_steps(config.schedule, tokens_per_step)
+    goodput = Goodput(began, productive=0.0)
+    if world.is_first:
+        goodput = launched(
+            directory, began, ranks=world.size, first_step=first_step, total_steps=steps
+        )
+    gpu, why_not = gpu_of(device)
+    if why_not:
+        console.note(why_not)
     run = Run(
         config=config,
         directory=directory,
@@ -168,11 +184,13 @@ def open_run(config: Config, world: World) -> Run:
         sinks=sinks,
         console=console,
         first_step=first_step,
-        total_steps=total_steps(config.schedule, tokens_per_step),
+        total_steps=steps,
         tokens_per_step=tokens_per_step,
         flops_per_token=training_flops_per_token(config.model, config.data.sequence_length),
         peak_flops=_peak_flops(config, world, dtype),
         opened=opened,
+        goodput=goodput,
+        comparison=Comparison(world, gpu),
         lock=lock,
     )
     together(world, lambda: _require_heldout(run))
@@ -233,26 +251,6 @@ def _peak_flops(config: Config, world: World, dtype: torch.dtype) -> float:
     peak = peak.to(world.device)
     world.everyone.all_reduce_sum(peak).wait()
     return float(peak)
-
-
-def _lock(directory: Path) -> ExitStack:
-    """Make the run directory and keep every other start out of it until this one ends."""
-    lock = ExitStack()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        alone = lock.enter_context(exclusive(directory / ".lock", wait=False))
-    except OSError as error:
-        raise ConfigError(
-            "run_dir", str(directory), f"it must be writable ({error.strerror})", "run_dir=DIR"
-        ) from error
-    if not alone:
-        raise ConfigError(
-            "run_dir",
-            str(directory),
-            "another process is training in it, and two would mix their rows and checkpoints",
-            "another run_dir, or wait until it ends",
-        )
-    return lock
 
 
 def _require_heldout(run: Run) -> None:

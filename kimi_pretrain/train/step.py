@@ -15,13 +15,16 @@ from kimi_pretrain.model.record import StepRecord
 from kimi_pretrain.ops.precision import accumulate_dtype
 from kimi_pretrain.optim.registry import build_sharded
 from kimi_pretrain.parallel.dispatch import Dispatcher
+from kimi_pretrain.parallel.errors import during
+from kimi_pretrain.parallel.stopwatch import Stopwatch
 from kimi_pretrain.parallel.world import World
 from kimi_pretrain.pipeline.actions import Schedule
 from kimi_pretrain.pipeline.execute import Executor, Work
+from kimi_pretrain.train.activations import open_activations
 from kimi_pretrain.train.guards import require_finite
 from kimi_pretrain.train.model import open_model
 from kimi_pretrain.train.observations import Observations
-from kimi_pretrain.train.schedule import training_schedule
+from kimi_pretrain.train.schedule import stages_of, training_schedule
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,13 @@ class TrainStep:
     ) -> None:
         self.config, self.model, self.dispatcher, self.world = config, model, dispatcher, world
         self.optimizer = build_sharded(config.optimizer, config.parallel, model, world)
-        self.executor = Executor(schedule, model, dispatcher, world.pp)
+        activations = open_activations(
+            config, schedule, stages_of(config), world.pp.index, model.dtype, model.device
+        )
+        self.executor = Executor(schedule, model, dispatcher, world.pp, activations=activations)
+        self.stopwatch = Stopwatch(world.device)
+        for group in (world.ep, world.pp, world.edp, world.dp, world.everyone):
+            group.stopwatch = self.stopwatch
 
     @classmethod
     def open(cls, config: Config, dtype: torch.dtype, world: World) -> "TrainStep":
@@ -89,19 +98,37 @@ class TrainStep:
         Raises:
             GuardStop: on all ranks, with all weights untouched, when the loss or a gradient
                 anywhere is not finite.
+            PeerError: another rank failed or did not answer in time; says in what.
         """
+        self.stopwatch.enter("compute")
         observations = self._accumulate(batch, stop)
         optimizer = self.optimizer
-        optimizer.buffers.reduced()
-        loss, stops = observations.combined()
+        with during(f"reducing the gradients of step {step}"):
+            optimizer.buffers.reduced()
+        with during(f"combining what ranks observed in step {step}"):
+            loss, stops = observations.combined()
         record = observations.record
-        norm = float(optimizer.norm())
-        require_finite(step, loss, norm, self._suspects)
-        optimizer.clip_gradients(norm, self.config.optimizer.grad_clip)
-        optimizer.observe_max_logits(record.max_logits, record.exact)
-        optimizer.step(learning_rate)
+        with during(f"adding up the gradient norm of step {step}"):
+            norm = float(optimizer.norm())
+            require_finite(step, loss, norm, self._suspects)
+        self.stopwatch.enter("optimizer")
+        with during(f"updating the weights in step {step}"):
+            optimizer.clip_gradients(norm, self.config.optimizer.grad_clip)
+            optimizer.observe_max_logits(record.max_logits, record.exact)
+            optimizer.step(learning_rate)
         self.model.update_router_bias(record, self.config.optimizer.router_bias_rate)
         return StepResult(loss=loss, grad_norm=norm, record=record, stop=stops)
+
+    def empty_record(self, sequences: int) -> StepRecord:
+        """What a step observes of ``sequences``, this replica's part, before its first forward."""
+        size = micro_batch_size(self.config)
+        return StepRecord.for_model(
+            self.config.model,
+            tau=self.config.optimizer.qk_clip_threshold,
+            aux_scale=size / (sequences * self.world.dp.size),
+            device=self.model.device,
+            dtype=accumulate_dtype(self.model.dtype),
+        )
 
     def _accumulate(self, batch: Batch, stop: Callable[[], bool]) -> Observations:
         size = micro_batch_size(self.config)
@@ -109,13 +136,7 @@ class TrainStep:
         device = self.model.device
         labels = torch.tensor(int((batch.labels >= 0).sum()), device=device)
         counting = self.world.dp.all_reduce_sum(labels)
-        record = StepRecord.for_model(
-            self.config.model,
-            tau=self.config.optimizer.qk_clip_threshold,
-            aux_scale=size / (sequences * self.world.dp.size),
-            device=device,
-            dtype=accumulate_dtype(self.model.dtype),
-        )
+        record = self.empty_record(sequences)
         microbatches = [
             to_device(batch, slice(first, first + size), device)
             for first in range(0, sequences, size)
@@ -128,7 +149,8 @@ class TrainStep:
         def forwards_done(loss: Tensor) -> None:
             observations.append(Observations(record, loss, stop(), self.world.everyone))
 
-        counting.wait()
+        with during("counting the labels of the global batch"):
+            counting.wait()
         self.executor.run(Work(microbatches, record, int(labels), forwards_done))
         return observations[0]
 

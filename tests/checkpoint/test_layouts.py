@@ -20,7 +20,9 @@ from tests.distributed.ranks import run_ranks
 STEPS = 9
 
 
-def _config(dp: int, ep: int) -> Config:
+def _config(dp: int, ep: int, pp: int = 1) -> Config:
+    """With stages, two a rank, of one layer each."""
+    stages = (f"parallel.pp={pp}", "parallel.vpp=2", "parallel.schedule=k2") if pp > 1 else ()
     return compose(
         [
             "experiment=smoke",
@@ -31,6 +33,7 @@ def _config(dp: int, ep: int) -> Config:
             f"parallel.ep={ep}",
             "parallel.bucket_elements=4000",
             "parallel.timeout_seconds=60",
+            *stages,
         ]
     )
 
@@ -41,12 +44,12 @@ def _value(kind: str, name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def pass_on(rank: int, world_size: int, dp: int, ep: int, source: str, target: str) -> int:
+def pass_on(rank: int, world_size: int, dp: int, ep: int, pp: int, source: str, target: str) -> int:
     """Load `source` at this layout (without one, fill the state), check it, save it as `target`.
 
     Returns how many elements this rank holds.
     """
-    config = _config(dp, ep)
+    config = _config(dp, ep, pp)
     world = open_world(config.parallel)
     step = TrainStep.open(config, torch.bfloat16, world)
     model, optimizer = step.model, step.optimizer
@@ -75,23 +78,25 @@ def pass_on(rank: int, world_size: int, dp: int, ep: int, source: str, target: s
         held += values.numel()
     writer = CheckpointWriter(Path(target), 2, rank, world_size, deadline=60.0)
     state = {"step": STEPS, "dtype": "torch.bfloat16", "note": "kept"}
-    writer.save(STEPS, snapshot(model, optimizer, state, rank, world_size))
+    writer.save(STEPS, snapshot(model, optimizer, state, rank, world_size, world.dp.index == 0))
     writer.close()
     return held
 
 
 def test_a_checkpoint_passes_through_every_layout(tmp_path: Path) -> None:
-    """Catches experts numbered from 0 on every rank, padding of flat shards saved as elements,
-    parameters of some replicas that do not follow, and an export that knows one layout only."""
+    """Catches experts or layers numbered from 0 on every rank, padding of flat shards saved as
+    elements, parameters of some replicas and router biases of some stages that do not follow,
+    and an export that knows one layout only."""
     source, held = "", set()
-    for number, (dp, ep) in enumerate([(4, 2), (2, 1), (4, 4), (1, 1), (2, 2)]):
+    layouts = [(4, 2, 1), (2, 1, 1), (2, 2, 2), (4, 4, 1), (1, 1, 1), (1, 1, 2), (2, 2, 1)]
+    for number, (dp, ep, pp) in enumerate(layouts):
         target = tmp_path / f"{number}"
-        held.add(sum(run_ranks(dp, pass_on, dp, ep, source, str(target))))
+        held.add(sum(run_ranks(dp * pp, pass_on, dp, ep, pp, source, str(target))))
         (directory,) = list_checkpoints(target)
         verify(directory)
-        assert ranks(read_manifest(directory)) == dp
+        assert ranks(read_manifest(directory)) == dp * pp
         out = tmp_path / f"export-{number}"
-        export(directory, _config(dp, ep).model, out)
+        export(directory, _config(dp, ep, pp).model, out)
         model = kimi_pretrain.from_hf(out, dtype=torch.bfloat16)
         for name, parameter in model.hf_named_parameters():
             assert torch.equal(

@@ -8,6 +8,7 @@ from kimi_pretrain.config import compose
 from kimi_pretrain.config.composition import compose_from
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.saved import save_config
+from kimi_pretrain.config.secrets import masked
 
 SECRET = "0123456789abcdef"
 
@@ -71,3 +72,11 @@ def test_the_saved_configuration_holds_nothing_of_the_environment(tmp_path: Path
     saved = (tmp_path / "config.yaml").read_text()
     assert SECRET not in saved
     assert SECRET[::-1] not in saved
+
+
+def test_a_text_for_others_holds_no_secret() -> None:
+    """Catches a bug report with a key in it, half a key left where one contains another, and
+    short values masked wherever they occur."""
+    environ = {"A_TOKEN": SECRET, "B_KEY": SECRET + "-longer", "C_SECRET": "1", "PATH": "/usr/bin"}
+    text = f"{SECRET}-longer, {SECRET}, 1, /usr/bin"
+    assert masked(text, environ) == "***, ***, 1, /usr/bin"

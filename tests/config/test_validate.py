@@ -108,6 +108,21 @@ IN_ONE_GROUP: list[tuple[str, dict[str, Any], str, str]] = [
     ("parallel", {"dispatcher": "deepep"}, "parallel.router_weights", "=before_down"),
     ("parallel", {"bucket_elements": 0}, "parallel.bucket_elements", "=1"),
     ("parallel", {"timeout_seconds": 0.0}, "parallel.timeout_seconds", "=600"),
+    ("activation", {"policy": "k3"}, "activation.policy", "activation.policy=k2"),
+    ("activation", {"tags": {"norm_out": "keep"}}, "activation.tags", "activation.policy=custom"),
+    (
+        "activation",
+        {"policy": "custom", "tags": {"norm_outt": "keep"}},
+        "activation.tags",
+        "activation.tags.norm_out=keep",
+    ),
+    (
+        "activation",
+        {"policy": "custom", "tags": {"norm_in": "recompute"}},
+        "activation.tags.norm_in",
+        "activation.tags.norm_in=",
+    ),
+    ("activation", {"host_bytes": 0}, "activation.host_bytes", "activation.host_bytes=1"),
 ]
 
 ONLY_PLANNED: list[tuple[str, dict[str, Any], str, str]] = [
@@ -115,7 +130,6 @@ ONLY_PLANNED: list[tuple[str, dict[str, Any], str, str]] = [
     ("parallel", {"vpp": 2}, "parallel.schedule", "parallel.schedule=k2"),
     ("parallel", {"dp": 3}, "schedule.global_batch_size", "schedule.global_batch_size=9"),
     ("parallel", {"dp": 2}, "schedule.micro_batch_size", "schedule.micro_batch_size=4"),
-    ("activation", {"policy": "k2"}, "activation.policy", "=none"),
 ]
 
 
@@ -203,7 +217,6 @@ DEEPER: dict[str, tuple[Callable[[Config], Config], str, str]] = {
         "=auto",
     ),
     "seed": (lambda c: replace(c, seed=-1), "seed", "=0"),
-    "launcher": (lambda c: replace(c, launcher="slurm"), "launcher", "=local"),
     "run_dir": (lambda c: replace(c, run_dir=" "), "run_dir", "runs/"),
 }
 

@@ -21,42 +21,50 @@ SHAPES = [
     (2, 1, 4, 2),
     (2, 4, 2, 1),
 ]
-COMMON = (
-    "model.num_hidden_layers=9",  # uneven on every number of stages here
-    "optimizer.qk_clip_threshold=0.001",
-    "optimizer.grad_clip=0.1",
-    "parallel.bucket_elements=4000",
-)
-SCENARIO = Scenario("pipeline", 2, True, False, COMMON)
+UNEVEN = 9  # layers, on every number of stages here
 
 
-def configured(pp: int, vpp: int, dp: int, ep: int, schedule: str) -> Config:
+def scenario(layers: int) -> Scenario:
+    common = (
+        f"model.num_hidden_layers={layers}",
+        "optimizer.qk_clip_threshold=0.001",
+        "optimizer.grad_clip=0.1",
+        "parallel.bucket_elements=4000",
+    )
+    return Scenario("pipeline", 2, True, False, common)
+
+
+def configured(pp: int, vpp: int, dp: int, ep: int, schedule: str, layers: int) -> Config:
     return configuration(
         dp,
         ep,
-        *COMMON,
+        *scenario(layers).overrides,
         f"parallel.pp={pp}",
         f"parallel.vpp={vpp}",
         f"parallel.schedule={schedule}",
     )
 
 
-def schedules(vpp: int) -> list[str]:
-    """Those that issue 4 names, and the others that fit."""
-    return ["1f1b", "k2", "zb_h1"] if vpp == 1 else ["interleaved_1f1b", "k2", "gpipe"]
+def cases(pp: int, vpp: int) -> list[tuple[str, int]]:
+    """(schedule, layers): those that issue 4 names, and the others that fit."""
+    plain_one = "1f1b" if vpp == 1 else "interleaved_1f1b"
+    others = {1: ["zb_h1"], 2: ["gpipe", "dualpipe_v"]}.get(vpp, ["gpipe"])
+    even = max(4, pp * vpp)
+    both = [(schedule, layers) for layers in (UNEVEN, even) for schedule in (plain_one, "k2")]
+    return [*both, *((schedule, UNEVEN) for schedule in others)]
 
 
 def train_as_rank(
     rank: int, world_size: int, pp: int, vpp: int, dp: int, ep: int
 ) -> list[dict[str, Any]]:
     world, results = None, []
-    for schedule in schedules(vpp):
-        config = configured(pp, vpp, dp, ep, schedule)
+    for schedule, layers in cases(pp, vpp):
+        config = configured(pp, vpp, dp, ep, schedule, layers)
         world = world or open_world(config.parallel)
         step = open_step(config, torch.float64, world)
         part = part_of(world)
         before = dict(world.ep.traffic.calls)
-        outcomes = [step.run(number + 1, part, RATE) for number in range(SCENARIO.steps)]
+        outcomes = [step.run(number + 1, part, RATE) for number in range(scenario(layers).steps)]
         step.optimizer.buffers.gathered()
         last = outcomes[-1].record
         moe = [layer for c in step.model.chunks.values() for layer in c.model.layers.values()]
@@ -76,7 +84,7 @@ def train_as_rank(
                 "wanted calls": 4
                 * sum(layer.router is not None for layer in moe)
                 * len(part.tokens)
-                * SCENARIO.steps
+                * scenario(layers).steps
                 * (ep > 1),
             }
         )
@@ -89,10 +97,10 @@ def test_pipelines_train_as_one_process(pp: int, vpp: int, dp: int, ep: int) -> 
     counted twice, layers that no stage has, losses of other stages, and communication that a
     schedule adds."""
     everyone = run_ranks(pp * dp, train_as_rank, pp, vpp, dp, ep, timeout=240)
-    want = plain(SCENARIO)
-    for number, schedule in enumerate(schedules(vpp)):
+    for number, (schedule, layers) in enumerate(cases(pp, vpp)):
+        want = plain(scenario(layers))
         ranks = [results[number] for results in everyone]
-        where = f"{schedule} pp={pp} vpp={vpp} dp={dp} ep={ep}"
+        where = f"{schedule} pp={pp} vpp={vpp} dp={dp} ep={ep}, {layers} layers"
         for rank, got in enumerate(ranks):
             at = f"{where}, rank {rank}"
             assert got["losses"] == pytest.approx(want["losses"], rel=1e-9), at
@@ -112,14 +120,15 @@ def test_pipelines_train_as_one_process(pp: int, vpp: int, dp: int, ep: int) -> 
             assert whole.keys() == want[what].keys(), where
             for key, tensor in whole.items():
                 close(f"{where}: {what} {key}", tensor, want[what][key])
-    _same_bits(everyone, vpp)
+    for plain_one in (0, 2):  # of both numbers of layers; k2 is the next
+        for results in everyone:
+            _same_bits(*results[plain_one : plain_one + 2])
 
 
-def _same_bits(everyone: list[list[dict[str, Any]]], vpp: int) -> None:
+def _same_bits(first: dict[str, Any], k2: dict[str, Any]) -> None:
     """K2's schedule computes what 1F1B's does, only at other times."""
-    for first, k2, _ in everyone:
-        assert first["losses"] == k2["losses"]
-        for name, parameter in first["parameters"].items():
-            assert torch.equal(parameter, k2["parameters"][name]), name
-        for ours, theirs in zip(first["gradients"], k2["gradients"], strict=True):
-            assert torch.equal(ours[-1], theirs[-1]), ours[1]
+    assert first["losses"] == k2["losses"]
+    for name, parameter in first["parameters"].items():
+        assert torch.equal(parameter, k2["parameters"][name]), name
+    for ours, theirs in zip(first["gradients"], k2["gradients"], strict=True):
+        assert torch.equal(ours[-1], theirs[-1]), ours[1]

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from kimi_pretrain.config import compose
+from kimi_pretrain.telemetry.jsonl import TIMING_FIELDS
 from tests.distributed.ranks import run_ranks
 
 STEPS, HALF = 6, 3
-TIMING = {"step_seconds", "tokens_per_second", "mfu"}
 
 
 def train_as_rank(
@@ -56,7 +56,7 @@ def _train(run_dir: Path, dp: int, ep: int, steps: int) -> None:
 
 def _rows(run_dir: Path, name: str) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+    return [{k: v for k, v in row.items() if k not in TIMING_FIELDS} for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from kimi_pretrain.pipeline.execute import Work
 from kimi_pretrain.train.guards import GuardStop
 from tests.distributed.ranks import run_ranks
 from tests.distributed.setting import RATE, configuration, open_step, part_of, put_together
@@ -37,8 +38,8 @@ def poisoned(rank: int, world_size: int) -> tuple[str, bool]:
 
 
 def _everything(step: Any) -> list[torch.Tensor]:
-    chunk = step.model.chunks[0]
-    weights = [*chunk.parameters(), *chunk.buffers()]
+    chunks = step.model.chunks.values()
+    weights = [t for chunk in chunks for t in (*chunk.parameters(), *chunk.buffers())]
     return [t.detach().clone() for t in [*weights, *(p.values for p in step.optimizer.pieces())]]
 
 
@@ -52,6 +53,49 @@ def test_an_infinity_on_one_rank_stops_all_and_is_named() -> None:
     assert "rank 0" not in messages[0]
     assert "rank 1" not in messages[0]
     assert all(unchanged)
+
+
+def poisoned_stages(rank: int, world_size: int) -> list[tuple[str, bool]]:
+    """A gradient of rank 2, on the last stages, is lost; then one of rank 1 too, on the first."""
+    pipeline = ("parallel.pp=2", "parallel.vpp=2", "parallel.schedule=k2")
+    step = open_step(configuration(2, 2, *pipeline), torch.float64)
+    part = part_of(step.world)
+    step.run(1, part, RATE)
+    step.optimizer.buffers.gathered()
+    before = _everything(step)
+    run, bad = step.executor.run, {2: "inf"}
+
+    def poison(work: Work) -> None:
+        if rank in bad:
+            layer = {1: 2, 2: 3}[rank]
+            name = f"model.layers.{layer}.mlp.experts.gate_up_proj"
+            stack = step.model.chunks[layer].get_parameter(name)
+            stack.main_grad[1, 0, 3, 4] = float(bad[rank])  # type: ignore[attr-defined]
+        run(work)
+
+    step.executor.run = poison  # type: ignore[method-assign]
+    found = []
+    for _ in range(2):
+        with pytest.raises(GuardStop) as stopped:
+            step.run(2, part, RATE)
+        same = all(torch.equal(a, b) for a, b in zip(before, _everything(step), strict=True))
+        found.append((str(stopped.value), same and step.optimizer.steps == 1))
+        bad[1] = "nan"
+    return found
+
+
+def test_stages_stop_together_and_name_what_each_of_them_lost() -> None:
+    """Catches a verdict of one stage's gradients alone: another would update its layers."""
+    one, both = zip(*run_ranks(4, poisoned_stages), strict=True)
+    assert len(set(one)) == len(set(both)) == 1
+    (message, unchanged), (messages, still_unchanged) = one[0], both[0]
+    # the second expert of ep index 0 (rank 2), and of ep index 1 (rank 1)
+    assert "rank 2: model.layers.3.mlp.experts.1.gate_proj.weight" in message
+    assert "rank 2: model.layers.3.mlp.experts.1.gate_proj.weight" in messages
+    assert "rank 1: model.layers.2.mlp.experts.5.gate_proj.weight" in messages
+    assert (message.count("rank "), messages.count("rank ")) == (1, 2)
+    assert unchanged
+    assert still_unchanged
 
 
 def train_bf16(rank: int, world_size: int, ep: int, *overrides: str) -> dict[str, Any]:

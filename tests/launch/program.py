@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from kimi_pretrain.launch.local import report_as_rank
+from kimi_pretrain.launch.rank import report_as_rank
 
 rank, mode, folder = os.environ["RANK"], sys.argv[1], Path(sys.argv[2])
 report_as_rank()

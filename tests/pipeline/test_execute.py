@@ -313,6 +313,15 @@ def test_a_lost_peer_is_told_with_the_action() -> None:
     )
 
 
+def test_a_peer_lost_after_the_last_action_is_told_with_what_was_left() -> None:
+    """Catches a last send that nobody takes, without a word of when."""
+    schedule = last_of_two(1, "1RECV_F0 1F0 1B0 1SEND_B0")
+    group = StandIn(index=1, size=2)
+    group.send = lambda _, to: Operation([], "", "send to rank 10: timed out")  # type: ignore[method-assign]
+    with pytest.raises(PeerError, match=r"rank 10: timed out \(while awaiting the last messages"):
+        execute(schedule, group=group)
+
+
 def test_what_is_told_names_phases_as_traces_do() -> None:
     """Catches an all-to-all without its action, which no figure could place."""
     log, flown = events(generate("k2", 1, 2, 3))

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
+from kimi_pretrain.activation.saved import Activations
 from kimi_pretrain.config import compose
+from kimi_pretrain.config.activation import policies
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.model.chunk import Chunk
@@ -40,42 +41,40 @@ def wide(*overrides: str) -> Config:
     return compose([*WIDE, *overrides])
 
 
+POLICIES = {
+    "none": ["activation=none"],
+    "k2": ["activation=k2"],
+    "some": ["activation=none", "activation.policy=custom", "+activation.tags.norm_out=recompute"],
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("weights", ["after_combine", "before_down"])
 @pytest.mark.parametrize("layer", [0, 1])
-def test_a_real_layer_keeps_what_is_planned(layer: int, weights: str) -> None:
+def test_a_real_layer_keeps_what_is_planned(layer: int, weights: str, policy: str) -> None:
     """Catches a tensor that an operation saves and the plan forgot, or the other way round."""
-    config = wide(f"parallel.router_weights={weights}")
+    config = wide(f"parallel.router_weights={weights}", *POLICIES[policy])
     torch.manual_seed(0)
-    first = replace(config.model, first_k_dense_replace=2 - layer)
-    chunk = Chunk(first, range(1, 2), torch.bfloat16)
+    model = replace(config.model, first_k_dense_replace=2 - layer)
+    chunk = Chunk(model, range(1, 2), torch.bfloat16)
     for parameter in chunk.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    record = StepRecord.for_model(first, tau=1e9, aux_scale=1.0)
-    shared = Microbatch.build(first, LENGTH, torch.bfloat16, torch.device("cpu"), None, record)
-    own = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
-    own |= {shared.cos.untyped_storage().data_ptr(), shared.sin.untyped_storage().data_ptr()}
-    kept: dict[int, tuple[int, Tensor]] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes(), tensor
-        return tensor
-
+    record = StepRecord.for_model(model, tau=1e9, aux_scale=1.0)
+    shared = Microbatch.build(model, LENGTH, torch.bfloat16, torch.device("cpu"), None, record)
     tapes: list[ChunkTape] = []
     dispatcher = LocalDispatcher(weights == "before_down")
-    x = torch.randn(1, LENGTH, first.hidden_size, dtype=torch.bfloat16)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        straight(forward_steps(chunk, x, shared, dispatcher, tapes.append))
-    for tape in tapes[0].layers:
-        for graph in (tape.attend, tape.expert, tape.combine):
-            for leaf in graph.leaves if graph is not None else ():
-                if leaf is not None:
-                    pack(leaf)
-    setting = replace(Setting.of(config, 1), model=first)
-    planned = sum(layer_kept(setting, moe=layer == 1).values()) * LENGTH
-    real = sum(size for size, _ in kept.values())
-    assert planned == pytest.approx(real, rel=0.05)
+    x = torch.randn(1, LENGTH, model.hidden_size, dtype=torch.bfloat16)
+    activations = Activations(policies(config.activation))
+    straight(forward_steps(chunk, x, shared, dispatcher, tapes.append, activations=activations))
+    real = tapes[0].saved.device_bytes()
+    planned = layer_kept(replace(Setting.of(config, 1), model=model), moe=layer == 1)
+    assert set(real) == set(planned)
+    for tag, size in planned.items():
+        # An expert's rows may be padded to a neighbour's, and have their places then.
+        loose = 0.05 if "expert" in tag or tag in ("swiglu_in", "router") else 0.0
+        extra = {"route": 8 * 2, "router": 4 * 2 + 8 * 4}.get(tag, 0)
+        assert planned[tag] * LENGTH <= real[tag] <= (size * (1 + loose) + extra) * LENGTH, tag
+    assert sum(planned.values()) * LENGTH == pytest.approx(sum(real.values()), rel=0.03)
 
 
 def test_the_constants_are_the_operations() -> None:
@@ -101,17 +100,17 @@ def k2(policy: str) -> Setting:
 def test_k2s_policy_keeps_a_third() -> None:
     """Catches a tag that is recomputed and counted all the same: q, k, v and experts' outputs."""
     everything, few = layer_kept(k2("none"), moe=True), layer_kept(k2("k2"), moe=True)
-    assert set(few) == {"norm_in", "attn_out", "router", "expert_up_in", "swiglu_in"}
+    assert set(few) == {"norm_in", "attn_out", "router", "route", "expert_up_in", "swiglu_in"}
     assert few["expert_up_in"] == pytest.approx(8 * 7168 * (1 + 4 / 128))
     assert few["swiglu_in"] == pytest.approx(9 * 2 * 2048 * (1 + 4 / 128))
-    assert sum(few.values()) < 0.3 * sum(everything.values())
+    assert sum(few.values()) < 0.35 * sum(everything.values())
 
 
 def test_the_last_stage_keeps_the_heads_gradient() -> None:
     """Catches 2.35 GB a microbatch that the loss computes in its forward and keeps."""
     kept = stage_kept(k2("k2"), range(60, 61))
-    assert kept["head"] == pytest.approx(163_840 * 7168 * 2 + 2 * 4096 * 7168 * 2)
-    assert "tokens" in stage_kept(k2("k2"), range(4))
+    assert kept.stays["head"] == pytest.approx(163_840 * 7168 * 2 + 4096 * 7168 * 2)
+    assert "tokens" in stage_kept(k2("k2"), range(4)).stays
 
 
 def test_weight_gradients_wait_with_all_outputs() -> None:

@@ -38,7 +38,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     assert run_schedule(config).schedule == training_schedule(config)
     other = compose(["parallel.pp=2", f"parallel.schedule_file={path}"])
     other.schedule.global_batch_size = 4
-    with pytest.raises(ConfigError, match=r"parallel\.schedule_file: got '2 x 1 x 8'"):
+    with pytest.raises(ConfigError, match=r"schedule_file: got '2 x 1 x 8'.*global_batch_size=8$"):
         run_schedule(other)
     with pytest.raises(ConfigError, match="readable text file"):
         run_schedule(compose(["parallel.pp=2", f"parallel.schedule_file={tmp_path}", BATCH]))
@@ -48,3 +48,34 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
     """Catches a plan of half a microbatch."""
     with pytest.raises(ConfigError, match=r"schedule\.global_batch_size"):
         run_schedule(compose(["parallel.dp=3", "schedule.global_batch_size=8"]))
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+@pytest.mark.parametrize("size", [1, 2])
+def test_too_few_microbatches_are_answered_with_keys_that_help(dp: int, size: int) -> None:
+    """Catches a refusal that suggests "microbatches=4", which is no key, or a batch that is
+    refused again."""
+    shape = ["parallel.pp=2", "parallel.vpp=2", f"parallel.dp={dp}", "parallel.schedule=dualpipe_v"]
+    config = compose([*shape, f"schedule.micro_batch_size={size}", "schedule.global_batch_size=4"])
+    if dp * size == 1:
+        assert run_schedule(config).schedule.microbatches == 4
+        return
+    with pytest.raises(ConfigError) as refused:
+        run_schedule(config)
+    assert refused.value.what == "schedule.global_batch_size"
+    assert refused.value.rule.startswith(
+        f"it makes {4 // (dp * size)} microbatches, and dualpipe_v"
+    )
+    fixes = refused.value.fix.split(", or ")
+    assert fixes[0] == f"schedule.global_batch_size={4 * dp * size}"
+    assert fixes[1:] == ["schedule.micro_batch_size=1"] * (dp == 1)
+    for fix in fixes:
+        config = compose(
+            [
+                *shape,
+                f"schedule.micro_batch_size={size}",
+                fix,
+                *(["schedule.global_batch_size=4"] if "micro" in fix else []),
+            ]
+        )
+        assert run_schedule(config).schedule.microbatches == 4

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-TIMING = {"step_seconds", "tokens_per_second", "mfu"}
+from kimi_pretrain.telemetry.jsonl import TIMING_FIELDS
+
 STEPS = 12
 RUN = [
     sys.executable,
@@ -47,7 +48,7 @@ def _finish(process: subprocess.Popen[str], code: int = 0) -> str:
 def _rows(run_dir: Path, name: str) -> list[dict[str, Any]]:
     lines = (run_dir / name).read_text().splitlines()
     rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+    return [{k: v for k, v in row.items() if k not in TIMING_FIELDS} for row in rows]
 
 
 def _wait_for_rows(run_dir: Path, process: subprocess.Popen[str], count: int) -> None:

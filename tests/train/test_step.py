@@ -1,6 +1,7 @@
 """One step: gradients do not depend on the cut into microbatches; a bad step changes nothing."""
 
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from kimi_pretrain.model.causal_lm import CausalLM
 from kimi_pretrain.model.rank_model import RankModel
 from kimi_pretrain.parallel.collectives import Group
 from kimi_pretrain.parallel.dispatch import LocalDispatcher
+from kimi_pretrain.parallel.errors import PeerError
 from kimi_pretrain.pipeline.forward import ForwardPipeline
 from kimi_pretrain.train.evaluate import evaluate
 from kimi_pretrain.train.generate import generate
@@ -54,6 +56,31 @@ def _batch(rows: int = 4) -> Batch:
     documents = np.zeros((rows, LENGTH), np.int32)
     documents[:, LENGTH // 2 :] = 1
     return Batch(windows[:, :-1].copy(), labels, documents)
+
+
+@pytest.mark.parametrize(
+    ("part", "doing"),
+    [
+        ("optimizer.buffers.reduced", "reducing the gradients of step 12"),
+        ("optimizer.norm", "adding up the gradient norm of step 12"),
+        ("optimizer.step", "updating the weights in step 12"),
+    ],
+)
+def test_a_lost_peer_is_told_with_what_was_going_on(
+    part: str, doing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches "rank 3 did not answer" without a word of what for, after the last action."""
+
+    def lost(*_: object) -> None:
+        raise PeerError("rank 3 did not answer", shared=True)
+
+    step = _step(_config("schedule.global_batch_size=4"))
+    holder, name = attrgetter(part.rpartition(".")[0])(step), part.rpartition(".")[2]
+    monkeypatch.setattr(holder, name, lost)
+    with pytest.raises(PeerError) as told:
+        step.run(12, _batch(), 1e-3)
+    assert str(told.value) == f"rank 3 did not answer (while {doing})"
+    assert told.value.shared
 
 
 def test_a_stop_asked_for_within_a_step_ends_after_it() -> None:

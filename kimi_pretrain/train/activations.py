@@ -1,0 +1,71 @@
+"""How a rank keeps its activations: the configuration's policies, and room on the host."""
+
+from collections.abc import Sequence
+from math import ceil
+
+import torch
+
+from kimi_pretrain.activation.offload import Offloader
+from kimi_pretrain.activation.saved import Activations
+from kimi_pretrain.config.activation import offloads, policies
+from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.config.schema import Config
+from kimi_pretrain.config.settled import micro_batch_size
+from kimi_pretrain.ops import registry
+from kimi_pretrain.pipeline.actions import Schedule
+from kimi_pretrain.plan.activations import Setting, stage_kept
+from kimi_pretrain.plan.in_flight import most_held
+
+# The plan counts balanced routing; a rank whose experts are chosen more often keeps more. What
+# finds no room stays on the device.
+HOST_MARGIN = 1.25
+_PLANNED_BYTES = 2  # of an element: plans are in bf16
+
+
+def open_activations(
+    config: Config,
+    schedule: Schedule,
+    layers: Sequence[range],
+    rank: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Activations:
+    """The activations of one rank of a pipeline.
+
+    Args:
+        config: settled.
+        schedule: that it follows.
+        layers: of every stage.
+        rank: of the pipeline.
+        dtype: of the model.
+        device: of the model.
+
+    Raises:
+        ConfigError: no such policy, or FP8 of a dtype that has no tiles.
+    """
+    chosen = policies(config.activation)
+    fp8 = [tag for tag, policy in chosen.items() if policy.fp8]
+    if fp8 and dtype not in (torch.bfloat16, torch.float32):
+        rule = f"{fp8[0]} is FP8, and its tiles are cut from bf16 or fp32"
+        raise ConfigError("precision", dtype, rule, "precision=bf16")
+    offloader = None
+    if offloads(config.activation):
+        size = config.activation.host_bytes
+        if size is None:
+            setting = Setting.of(config, micro_batch_size(config))
+            held = most_held(schedule, rank, [stage_kept(setting, part) for part in layers])
+            size = ceil(held.host * HOST_MARGIN * dtype.itemsize / _PLANNED_BYTES)
+        offloader = Offloader(device, size)
+    return Activations(
+        chosen,
+        offloader,
+        *(_tiles(device, dtype) if fp8 else ()),
+    )
+
+
+def _tiles(device: torch.device, dtype: torch.dtype) -> tuple[registry.Op, registry.Op]:
+    """Quantise and dequantise."""
+    return (
+        registry.select("quantise_tiles", "auto", device.type, dtype),
+        registry.select("dequantise_tiles", "auto", device.type, dtype),
+    )

@@ -1,0 +1,192 @@
+"""The offload engine: the right values whatever the copies' timing, and no state out of turn."""
+
+import gc
+import random
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kimi_pretrain.activation.handles import Keep
+from kimi_pretrain.activation.offload import MOVES, Offload, Offloader, OffloadError, State
+from kimi_pretrain.ops import streams
+from kimi_pretrain.ops.streams import ThreadStream, Ticket
+
+CPU = torch.device("cpu")
+ELEMENTS = 1000  # 4,000 bytes, 4,096 in the slab
+
+
+def poison(part: Tensor) -> None:
+    """What an allocator does that gives the memory to somebody else at once."""
+    part.fill_(torch.nan)
+
+
+class Slow(ThreadStream):
+    """A copy engine that takes its time: a random one before and after every copy."""
+
+    def __init__(self, seed: int, longest: float) -> None:
+        super().__init__("slow copies")
+        self._random, self._longest = random.Random(seed), longest
+
+    def run(self, work: Callable[[], None]) -> Ticket:
+        before, after = (self._random.random() * self._longest for _ in range(2))
+
+        def slowly() -> None:
+            time.sleep(before)
+            work()
+            time.sleep(after)
+
+        return super().run(slowly)
+
+
+class Broken(ThreadStream):
+    """A copy engine that fails."""
+
+    def run(self, work: Callable[[], None]) -> Ticket:
+        def fails() -> None:
+            work()
+            raise OSError("no such link")
+
+        return super().run(fails)
+
+
+def kept(value: float) -> Offload:
+    return Offload(Keep("norm_in", torch.full((ELEMENTS,), value)))
+
+
+def train(engine: Offloader, steps: int, in_flight: int = 4) -> int:
+    """Steps of a pipeline's stage: forwards fill, backwards read; how many values were wrong."""
+    wrong, number = 0, 0
+    for _ in range(steps):
+        held: list[tuple[float, Offload]] = []
+        for _ in range(in_flight):
+            number += 1
+            mark = engine.mark()
+            handle = kept(float(number))
+            held.append((float(number), handle))
+            torch.full((ELEMENTS,), -1.0).sum()  # the computation that takes freed memory
+            engine.settle(mark)
+            engine.leave([handle])
+        del handle
+        engine.fetch([held[0][1]])
+        while held:
+            mark = engine.mark()
+            value, handle = held.pop(0)
+            if held:
+                engine.fetch([held[0][1]])
+            wrong += not torch.equal(handle.load(), torch.full((ELEMENTS,), value))
+            engine.settle(mark)
+    return wrong
+
+
+def test_a_thousand_steps_of_slow_copies_are_right() -> None:
+    """Catches a tensor that is read before it is there, or overwritten before it was copied."""
+    engine = Offloader(CPU, 6 * 4096, Slow(0, 2e-4), poison)
+    assert train(engine, 1000) == 0
+    assert engine.slab.spans.used == 0
+    assert engine.moved.back > 1000 * ELEMENTS * 4
+
+
+def _returns_at_once(self: streams._Done) -> None:
+    del self
+
+
+def test_a_missing_wait_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a stress test that would pass whatever the engine forgot."""
+    monkeypatch.setattr(streams._Done, "wait", _returns_at_once)
+    assert train(Offloader(CPU, 6 * 4096, Slow(0, 2e-4), poison), 50) > 0
+
+
+@pytest.mark.parametrize("state", State)
+def test_only_listed_moves_are_possible(state: State) -> None:
+    """Catches a handle that skips a state: freed without a copy, or fetched twice."""
+    for to in State:
+        handle = kept(0.0)
+        handle.state = state
+        if to in MOVES[state]:
+            handle.move(to)
+            assert handle.state is to
+        else:
+            with pytest.raises(OffloadError, match="cannot be"):
+                handle.move(to)
+
+
+def away(engine: Offloader, handle: Offload) -> None:
+    engine.leave([handle])
+    engine.settle(engine.mark())
+
+
+def test_what_is_away_takes_no_device_memory_and_cannot_be_read() -> None:
+    """Catches a copy beside the original, and a schedule without its prefetch."""
+    engine, handle = Offloader(CPU, 4096), kept(3.0)
+    away(engine, handle)
+    assert handle.parts == []
+    assert handle.state is State.AWAY
+    with pytest.raises(OffloadError, match="norm_in is wanted while on the host: no PREFETCH"):
+        handle.load()
+    engine.fetch([handle])
+    assert handle.load().eq(3.0).all()
+    assert engine.slab.spans.used == 0
+
+
+def test_a_full_slab_keeps_what_finds_no_room_until_there_is_some() -> None:
+    """Catches a tensor that is lost, or a rank that dies, where experts got more than planned."""
+    engine = Offloader(CPU, 2 * 4096)
+    handles = [kept(float(value)) for value in range(4)]
+    for handle in handles:
+        away(engine, handle)
+    assert [h.state for h in handles] == [State.AWAY] * 2 + [State.QUEUED] * 2
+    engine.fetch(handles[:1])  # makes room for the third
+    assert [h.state for h in handles[2:]] == [State.LEAVING, State.QUEUED]
+    engine.settle(engine.mark())
+    engine.fetch(handles[1:])
+    assert [float(h.load()[0]) for h in handles] == [0.0, 1.0, 2.0, 3.0]
+    assert engine.moved.stayed == 4000
+    assert engine.slab.spans.used == 0
+
+
+def test_what_is_wanted_while_it_leaves_stays() -> None:
+    """Catches a fetch that copies back what its own copy out has not written yet."""
+    engine = Offloader(CPU, 4096, Slow(0, 0.05), poison)
+    handle = kept(5.0)
+    engine.leave([handle])
+    engine.fetch([handle])
+    assert handle.state is State.BACK
+    engine.settle(engine.mark())
+    assert handle.load().eq(5.0).all()
+    assert (engine.moved.back, engine.moved.stayed) == (0, 4000)
+
+
+def test_a_dropped_tensor_gives_its_room_back() -> None:
+    """Catches a slab that fills up with what a step that failed has left behind."""
+    engine, handle = Offloader(CPU, 4096), kept(1.0)
+    away(engine, handle)
+    assert engine.slab.spans.used == 4096
+    del handle
+    gc.collect()
+    assert engine.slab.spans.used == 0
+
+
+def test_a_copy_that_fails_fails_whoever_waits() -> None:
+    """Catches an error that ends with the thread it happened in."""
+    engine, handle = Offloader(CPU, 4096), kept(1.0)
+    away(engine, handle)
+    engine.stream = Broken("broken copies")
+    engine.fetch([handle])
+    with pytest.raises(RuntimeError, match="beside the compute failed: no such link"):
+        handle.load()
+
+
+def test_several_parts_share_a_span() -> None:
+    """Catches FP8 codes and their scales that overlap on the host."""
+    engine, handle = Offloader(CPU, 2**14), kept(1.0)
+    codes, scale = torch.arange(301, dtype=torch.uint8), torch.rand(7)
+    handle.inner.parts[:] = [codes, scale]
+    away(engine, handle)
+    engine.fetch([handle])
+    engine.stream.close()
+    back: list[Tensor] = handle.inner.parts
+    assert torch.equal(back[0], codes)
+    assert torch.equal(back[1], scale)

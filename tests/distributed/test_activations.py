@@ -1,0 +1,135 @@
+"""Activation policies over real ranks of pipeline and expert parallel: the same bits as none."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from kimi_pretrain.config.activation import PRESETS, TAGS
+from kimi_pretrain.config.schema import Config
+from kimi_pretrain.config.settled import micro_batch_size
+from kimi_pretrain.parallel.world import World, open_world
+from kimi_pretrain.plan.activations import Setting, stage_kept
+from kimi_pretrain.plan.in_flight import most_held
+from kimi_pretrain.train.schedule import stages_of
+from tests.distributed.ranks import run_ranks
+from tests.distributed.setting import LENGTH, RATE, configuration, open_step, part_of
+
+Policy = Mapping[str, str]
+
+RECOMPUTE = {tag: "recompute" for tag, allowed in TAGS.items() if "recompute" in allowed}
+POLICIES: dict[str, Policy] = {
+    "recompute": RECOMPUTE,
+    "offload": dict.fromkeys(TAGS, "offload"),
+    "k2 without FP8": {tag: text.replace("fp8+", "") for tag, text in PRESETS["k2"].items()},
+}
+SCHEDULES = [("1f1b", 1), ("interleaved_1f1b", 2), ("k2", 2)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def configured(schedule: str, vpp: int, tags: Policy, *overrides: str) -> Config:
+    policy = [f"+activation.tags.{tag}={text}" for tag, text in tags.items()]
+    return configuration(
+        2,
+        2,
+        "parallel.pp=2",
+        f"parallel.vpp={vpp}",
+        f"parallel.schedule={schedule}",
+        f"activation.policy={'custom' if tags else 'none'}",
+        "optimizer.qk_clip_threshold=0.001",
+        "parallel.router_weights=before_down",
+        *policy,
+        *overrides,
+    )
+
+
+def trained(config: Config, dtype: torch.dtype, world: World, steps: int = 2) -> dict[str, Any]:
+    step = open_step(config, dtype, world)
+    outcomes = [step.run(number + 1, part_of(world), RATE) for number in range(steps)]
+    step.optimizer.buffers.gathered()
+    offloader = step.executor.activations.offloader
+    row = step.executor.schedule.ranks[world.pp.index]
+    return {
+        "losses": [outcome.loss for outcome in outcomes],
+        "norms": [outcome.grad_norm for outcome in outcomes],
+        "counts": outcomes[-1].record.expert_counts,
+        "parameters": {name: p.clone() for name, p in step.model.hf_named_parameters()},
+        "moved": None if offloader is None else (offloader.moved.out, offloader.moved.back),
+        "offloads": sum("OFFLOAD" in str(node) for node in row),
+        "left": None if offloader is None else offloader.slab.spans.used,
+    }
+
+
+def train_with_each(rank: int, world_size: int, schedule: str, vpp: int) -> list[dict[str, Any]]:
+    world, results = None, []
+    for dtype in DTYPES:
+        for tags in ({}, *POLICIES.values()):
+            config = configured(schedule, vpp, tags)
+            world = world or open_world(config.parallel)
+            results.append(trained(config, dtype, world))
+    return results
+
+
+@pytest.mark.parametrize(("schedule", "vpp"), SCHEDULES)
+def test_no_policy_changes_a_bit(schedule: str, vpp: int) -> None:
+    """Catches a tensor that comes back late, another microbatch's, or computed otherwise."""
+    for rank, results in enumerate(run_ranks(4, train_with_each, schedule, vpp, timeout=240)):
+        results = iter(results)
+        for dtype in DTYPES:
+            want = next(results)
+            for name in POLICIES:
+                got, at = next(results), f"{schedule}, {name} in {dtype}, rank {rank}"
+                assert got["losses"] == want["losses"], at
+                assert got["norms"] == want["norms"], at
+                assert torch.equal(got["counts"], want["counts"]), at
+                for key, parameter in got["parameters"].items():
+                    assert torch.equal(parameter, want["parameters"][key]), f"{at}: {key}"
+                if name != "recompute":
+                    out, back = got["moved"]
+                    assert (out > 0) == (got["offloads"] > 0), at
+                    assert back <= out, at
+                    assert got["left"] == 0, at
+                    # Two ranks of plain 1F1B have no time between a forward and its backward.
+                    assert back > 0 or schedule == "1f1b", at
+
+
+# --- memory -----------------------------------------------------------------------------------
+
+# Wide experts, of which each token takes most: rows come out even, and none is padded.
+WIDE = [
+    "model.hidden_size=512",
+    "model.moe_intermediate_size=512",
+    "model.intermediate_size=512",
+    "model.n_routed_experts=2",
+    "model.num_experts_per_tok=2",
+    "model.num_hidden_layers=9",
+    f"data.sequence_length={LENGTH}",
+]
+WHOLE: dict[str, Policy] = {"none": {}, **POLICIES, "k2": PRESETS["k2"]}
+MORE = [("gpipe", 1), ("zb_h1", 1), ("dualpipe_v", 2)]
+
+
+def weigh_each(rank: int, world_size: int, schedule: str, vpp: int) -> dict[str, tuple[int, float]]:
+    """The most bytes that backwards waited for, and what the plan says, by policy."""
+    world, results = None, {}
+    for name, tags in WHOLE.items():
+        config = configured(schedule, vpp, tags, "precision=bf16", *WIDE)
+        world = world or open_world(config.parallel)
+        step = open_step(config, torch.bfloat16, world)
+        weighed: list[int] = []
+        step.executor.weigh = lambda sizes, told=weighed: told.append(sum(sizes.values()))  # type: ignore[misc]
+        step.run(1, part_of(world), RATE)
+        setting = Setting.of(config, micro_batch_size(config))
+        kept = [stage_kept(setting, layers) for layers in stages_of(config)]
+        held = most_held(step.executor.schedule, world.pp.index, kept)
+        results[name] = max(weighed), held.device
+    return results
+
+
+@pytest.mark.parametrize(("schedule", "vpp"), [*SCHEDULES, *MORE])
+def test_the_plan_is_what_is_held(schedule: str, vpp: int) -> None:
+    """Catches a tag that the plan forgets or counts twice, and what is freed late or never."""
+    for rank, results in enumerate(run_ranks(4, weigh_each, schedule, vpp, timeout=240)):
+        for name, (real, planned) in results.items():
+            assert real == pytest.approx(planned, rel=0.03), f"{schedule}, {name}, rank {rank}"
