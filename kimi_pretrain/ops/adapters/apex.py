@@ -7,8 +7,10 @@ github.com/NVIDIA/apex). The package of that name on PyPI is something else.
 from functools import cache
 from importlib import import_module
 
+import torch
 from torch import Tensor
 
+from kimi_pretrain.ops import main_grad
 from kimi_pretrain.ops.adapters.probe import obstacle
 
 MODULE = "fused_weight_gradient_mlp_cuda"
@@ -21,5 +23,11 @@ def missing() -> str | None:
 
 
 def add_product(main: Tensor, grad: Tensor, x: Tensor) -> None:
-    """See ``kimi_pretrain.ops.main_grad.add_product``: bf16 products summed into fp32 unrounded."""
+    """See ``kimi_pretrain.ops.main_grad.add_product``: bf16 products summed into fp32 unrounded.
+
+    The router's, which are fp32 in a bf16 model too, stay with plain torch.
+    """
+    if grad.dtype != torch.bfloat16 or x.dtype != torch.bfloat16:
+        main_grad.add_product(main, grad, x)
+        return
     import_module(MODULE).wgrad_gemm_accum_fp32(x.contiguous(), grad.contiguous(), main)

@@ -200,13 +200,13 @@ class _GroupedLinear(torch.autograd.Function):
             each = [matrices[g] for g in groups]
             _multiply(each, torch.split(grad, sizes), [grad_x], sizes, layout="NN", grad=True)
         if ctx.needs_input_grad[1]:
-            product = partial(_add_gradient, weight, grad, x, layout)
+            add = partial(_add_gradient, weight, grad, x, layout)
             if main_gradient(weight) is None:
                 total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
                 _accumulate(total, grad, x, layout)
                 grad_weight = deliver(weight, total)
-            elif not deferred(weight, product):
-                product()
+            elif not deferred(weight, x, add):
+                add()
         return grad_x, grad_weight, None
 
 

@@ -57,3 +57,12 @@ def test_grouped_weights() -> None:
         want[group] += grad[rows].double().t() @ x[rows].double()
     torch.testing.assert_close(weight.main_grad.double(), want, rtol=1e-5, atol=1e-5)
     assert weight.grad is None
+
+
+def test_products_of_fp32_stay_with_plain_torch() -> None:
+    """Catches a router's gradient rounded on the way into a product of bf16."""
+    torch.manual_seed(0)
+    weight = weight_of(3, 6)
+    x, grad = torch.randn(7, 6), torch.randn(7, 3)
+    deliver_product(weight, grad, x)
+    torch.testing.assert_close(weight.main_grad, 1 + grad.t() @ x)
