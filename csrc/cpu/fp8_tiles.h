@@ -16,7 +16,10 @@ struct QuantiseTiles {
     const TileScale of = tile_scale(float_bits(largest));
     *scale = of.scale;
     if (of.finite) {
-      for (int i = 0; i < count; i++) q[i] = e4m3_from_float(to_float(x[i]) * of.inverse);
+      for (int i = 0; i < count; i++) {
+        const float size = float_of(float_bits(magnitude(x[i])));
+        q[i] = e4m3_from_magnitude(size * of.inverse) | e4m3_sign(x[i]);
+      }
     } else {
       memset(q, kE4M3NaN, size_t(count));
     }

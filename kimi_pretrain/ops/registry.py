@@ -7,7 +7,7 @@ took and what kept the others out. All of them take and give the same. fp64 is p
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -31,6 +31,7 @@ class Implementation:
     obstacle: Callable[[str], str | None]  # why it cannot run on a device ("cpu", "cuda")
     dtypes: tuple[torch.dtype, ...] = _NARROW
     devices: tuple[str, ...] = ("cpu", "cuda")
+    slow: tuple[str, ...] = ()  # where it is no faster than plain torch, and auto leaves it
 
     def refuses(self, device: str, dtype: torch.dtype) -> str | None:
         """Why it cannot serve, or None."""
@@ -72,7 +73,8 @@ FASTER: dict[str, tuple[Implementation, ...]] = {
     "summed_rows": (_native(functions.summed_rows, "summed_rows", "take_rows"),),
     "weighted_rows": (_native(functions.weighted_rows, "weighted_rows", "weighted_rows_backward"),),
     "attention": (_te(transformer_engine.attention, "attention_missing"),),
-    "max_logits": (_native(functions.max_logits, "max_logits"),),
+    # Nearly all of the work is a matrix product, at which the CPU's libraries are as good.
+    "max_logits": (replace(_native(functions.max_logits, "max_logits"), slow=("cpu",)),),
     "grouped_linear": (_te(transformer_engine.grouped_linear),),
     "add_product": (_adapter(apex, apex.add_product),),
 }
@@ -146,6 +148,8 @@ def _choose(
         if device not in known.devices or (kernels == NATIVE and known.by != NATIVE):
             continue
         obstacle = known.refuses(device, dtype)
+        if obstacle is None and kernels == "auto" and device in known.slow:
+            obstacle = f"{known.by} is no faster on {device}"
         if obstacle is None:
             return known.call, known.by, tuple(reasons)
         if kernels == NATIVE:

@@ -62,7 +62,10 @@ def test_what_was_built_is_used() -> None:
     if library.missing() is not None:
         pytest.skip(f"no native kernels: {library.missing()}")
     told = explain("auto", "cpu", torch.float32)
-    assert {told[op] for op in IN_CSRC} == {"native"}
+    assert told.pop("max_logits") == "reference: native is no faster on cpu"
+    assert {told[op] for op in IN_CSRC if op in told} == {"native"}
+    insisted = kernels_for("native", "cpu", torch.float32)
+    assert insisted.max_logits is not attention.max_logits
 
 
 def test_on_a_gpu_libraries_come_where_csrc_has_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,19 +84,27 @@ KIMI_INLINE T from_narrow(float x) {
 constexpr float kE4M3Max = 448.0f;
 constexpr uint8_t kE4M3NaN = 0x7f;
 
-// Rounded to nearest even. |x| is at most 448 but for a rounding of its own (a tile's scale sees to
-// that), so that nothing overflows.
+// The sign bit of x as E4M3's.
+KIMI_INLINE uint8_t e4m3_sign(float x) { return (bits_of(x) >> 24) & 0x80; }
+KIMI_INLINE uint8_t e4m3_sign(bf16 x) { return (x.bits >> 8) & 0x80; }
+
+// Of x >= 0, rounded to nearest even. x is at most 448 but for a rounding of its own (a tile's scale
+// sees to that), so that nothing overflows.
+KIMI_INLINE uint8_t e4m3_from_magnitude(float x) {
+  // Adding 2^20 times its power of two rounds x to three bits of mantissa: the sum's last places
+  // count eighths of that power (E4M3's subnormals, those of 2^-6). Eight codes a power lie below,
+  // which are the exponent's bits; 56 completes their 8 * 121 to a multiple of 256.
+  const uint32_t exponent = bits_of(x) & 0x7f800000, least = 121u << 23;
+  const uint32_t e = exponent > least ? exponent : least;
+  return uint8_t(bits_of(x + float_of(e + (20u << 23) + 56)) + (e >> 20));
+}
+
+// Of any x within +-448, as e4m3_from_magnitude.
 KIMI_INLINE uint8_t e4m3_from_float(float x) {
 #if defined(__CUDA_ARCH__)
   return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
 #else
-  const uint32_t bits = bits_of(x), exponent = bits & 0x7f800000;
-  // Adding 2^20 times its power of two rounds x to three bits of mantissa: the sum's last places
-  // count eighths of that power (E4M3's subnormals, those of 2^-6). Eight codes a power lie below,
-  // which are the exponent's bits; 56 completes their 8 * 121 to a multiple of 128.
-  const uint32_t least = 121u << 23, e = exponent > least ? exponent : least;
-  const float sum = float_of(bits & 0x7fffffff) + float_of(e + (20u << 23) + 56);
-  return uint8_t((bits >> 24 & 0x80) | ((bits_of(sum) + (e >> 20)) & 0x7f));
+  return e4m3_sign(x) | e4m3_from_magnitude(float_of(bits_of(x) & 0x7fffffff));
 #endif
 }
 
