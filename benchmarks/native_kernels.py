@@ -13,8 +13,10 @@ threads; the side that begins changes each round. Peers are eager torch:
     max logits   this project's plain torch: blocks of fp32 products, 16 heads of 1,024 tokens
 
 GB/s counts every byte of the inputs and outputs once. Two copies of as many bytes stand beside it:
-torch's `copy_`, and the C library's memcpy, one call a thread, which stores past the caches. The
-machine's load average is printed, since others on it slow all sides.
+torch's `copy_`, and the C library's memcpy, one call a thread, which stores past the caches. With
+one thread the clock is the process's CPU time, which others on the machine do not stretch by taking
+the core; with more it is the wall's. Neighbours still share caches and memory: the load average is
+printed.
 """
 
 import argparse
@@ -131,19 +133,20 @@ def cases() -> list[Case]:
     ]
 
 
-def seconds(work: Callable[[], object]) -> float:
-    begun = time.perf_counter()
+def seconds(work: Callable[[], object], threads: int) -> float:
+    clock = time.process_time if threads == 1 else time.perf_counter
+    begun = clock()
     work()
-    return time.perf_counter() - begun
+    return clock() - begun
 
 
-def alternate(sides: list[Callable[[], object]], rounds: int) -> list[list[float]]:
+def alternate(sides: list[Callable[[], object]], rounds: int, threads: int) -> list[list[float]]:
     """Seconds of each side a round, after two rounds of warm-up."""
     times: list[list[float]] = [[] for _ in sides]
     for number in range(-2, rounds):
         order = list(range(len(sides)))
         for side in order if number % 2 else order[::-1]:
-            elapsed = seconds(sides[side])
+            elapsed = seconds(sides[side], threads)
             if number >= 0:
                 times[side].append(elapsed)
     return times
@@ -165,7 +168,7 @@ def copies(moved: int, pool: ThreadPoolExecutor, threads: int) -> list[Callable[
 
 def compare(case: Case, rounds: int, pool: ThreadPoolExecutor, threads: int) -> None:
     sides = [case.ours, case.peer, *copies(case.moved, pool, threads)]
-    ours, peer, copy, memcpy = alternate(sides, rounds)
+    ours, peer, copy, memcpy = alternate(sides, rounds, threads)
     ratio = statistics.median(peer) / statistics.median(ours)
     print(f"{case.name}")
     print(
