@@ -20,7 +20,7 @@ CSRC      := $(shell find csrc -type f -not -name '*.pyc')
 HAS_TORCH := -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow lint format bench gpu-check clean
+.PHONY: help train test test-slow test-slurm system lint format bench gpu-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -34,6 +34,16 @@ test: $(VENV)/dev  ## run the tests (ARGS: pytest arguments)
 test-slow: $(VENV)/dev  ## run the tests that take minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(ARGS)
 
+test-slurm: system $(VENV)/dev  ## run the tests on a real Slurm, and on two hosts one of which is lost
+	@$(PIP) hydra-submitit-launcher
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/distributed/test_slurm.py \
+	    tests/distributed/test_two_hosts.py $(ARGS)
+
+system:  ## Debian packages of the launchers' tests (root; without them those are skipped)
+	@if ! which slurmctld munged ip >/dev/null; then apt-get -qq update && \
+	    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
+	    slurm-wlm munge iproute2 >/dev/null; fi
+
 lint: $(VENV)/dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,7 +56,7 @@ format: $(VENV)/dev  ## rewrite the sources in ruff's format
 bench: $(VENV)/bench $(READERS)/made  ## every benchmark, each printing a ratio against a named peer
 	@for name in optimizer_step training_throughput loss_at_equal_tokens sharded_optimizer \
 	    wire_bytes zero1_deepspeed executor_overhead pipeline_bubble simulator_truth \
-	    hidden_communication native_kernels activation_memory; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	    hidden_communication native_kernels activation_memory watching_cost; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 	@$(READERS)/bin/python -m benchmarks.data_reading
 
 gpu-check: $(VENV)/dev  ## on a machine with a GPU: kernels, bandwidth, streams, NCCL; writes gpu-check.md

@@ -79,11 +79,11 @@ def _say(error: ConfigError | PeerError) -> None:
         print(f"kimi-pretrain: rank {rank}: {error}", file=sys.stderr, flush=True)
 
 
-def _command(module: str) -> Callable[[list[str]], int]:
-    """The ``main(argv) -> int`` of a module, imported when it is called."""
+def _command(module: str) -> Callable[..., int]:
+    """The ``main`` of a module, of ``argv`` or what else it takes, imported when it is called."""
 
-    def run(arguments: list[str]) -> int:
-        return int(import_module(module).main(arguments))
+    def run(*arguments: object) -> int:
+        return int(import_module(module).main(*arguments))
 
     return run
 
@@ -106,6 +106,12 @@ def _launch(arguments: list[str]) -> int:
     asked = parse(arguments)
     begin = partial(start, launcher=asked.launcher, dry_run=asked.dry_run)
     return train(asked.overrides, begin)
+
+
+def _plan(arguments: list[str]) -> int:
+    from kimi_pretrain.plan.commands import main as plan
+
+    return plan(arguments, _command("kimi_pretrain.dry_run.commands"))
 
 
 def _doctor(arguments: list[str]) -> int:
@@ -133,7 +139,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "launch": _launch,
     "data": _command("kimi_pretrain.data.commands"),
-    "plan": _command("kimi_pretrain.plan.commands"),
+    "plan": _plan,
     "doctor": _doctor,
     "ckpt": _command("kimi_pretrain.checkpoint.commands"),
     "report": _report,

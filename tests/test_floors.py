@@ -16,6 +16,7 @@ FLOORS = [
     {"pipeline", "optim", "data"},
     {"plan", "telemetry", "checkpoint"},
     {"train", "launch", "doctor"},
+    {"dry_run"},
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

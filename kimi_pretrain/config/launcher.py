@@ -65,7 +65,7 @@ _FOREIGN = {
 }
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-_LIST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+,:/&|*\[\]()-]*")  # gpu&ib, node[1-4], gpu:8
+_LIST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+,:/@&|*\[\]()-]*")  # gpu&ib, node[1-4]
 _OPTION = re.compile(r"[a-z][a-z-]*")
 _TIME = re.compile(r"\d+(-\d+(:\d+(:\d+)?)?|:\d+(:\d+)?)?|UNLIMITED")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -87,7 +87,7 @@ def validate_launcher(launcher: LauncherConfig) -> None:
     for key in ("partition", "account", "qos", "reservation", "constraint"):
         text = getattr(launcher, key)
         if text is not None:
-            _matches(key, text, _LIST, "letters, digits and . _ + , : / & | * [ ] ( ) -", "gpu")
+            _matches(key, text, _LIST, "letters, digits and . _ + , : / @ & | * [ ] ( ) -", "gpu")
     if launcher.address is not None:
         rule = "a host's name or address"
         _matches("address", launcher.address, _NAME, rule, "node-0.cluster")
@@ -109,7 +109,7 @@ def validate_launcher(launcher: LauncherConfig) -> None:
             refuse_unprintable(f"launcher.{key}", text)
     _container(launcher.container)
     rule = "a command that runs another on a host"
-    _require(bool(launcher.ssh), "ssh", launcher.ssh, rule, "[ssh]")
+    _require(bool(launcher.ssh), "ssh", launcher.ssh, rule, "launcher.ssh=[ssh]")
     for word in launcher.ssh:
         refuse_unprintable("launcher.ssh", word)
 

@@ -3,7 +3,6 @@
 import sys
 
 from kimi_pretrain.cli import main
-from kimi_pretrain.launch.local import report_as_rank
+from kimi_pretrain.launch.rank import run_as_rank
 
-report_as_rank()
-sys.exit(main(["doctor", *sys.argv[1:]]))
+run_as_rank(lambda: main(["doctor", *sys.argv[1:]]))

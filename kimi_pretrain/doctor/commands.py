@@ -13,6 +13,7 @@ from kimi_pretrain.config import compose, exit_codes
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config, ParallelConfig
 
+_MOST_HERE = 64
 Launch = Callable[[list[str], int], int]  # command line and number of ranks -> exit code
 
 
@@ -36,6 +37,7 @@ def main(argv: Sequence[str], launch: Launch) -> int:
     config = compose(arguments.overrides)
     ranks = config.parallel.pp * config.parallel.dp
     if ranks > 1 and "RANK" not in os.environ:
+        _require_startable(ranks)
         return launch(list(argv), ranks)
     return _examine(config, arguments)
 
@@ -43,7 +45,7 @@ def main(argv: Sequence[str], launch: Launch) -> int:
 def _examine(config: Config, arguments: argparse.Namespace) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from kimi_pretrain.doctor.examine import examine  # torch
-    from kimi_pretrain.doctor.report import bug_report, json_text, lines
+    from kimi_pretrain.doctor.report import bug_report, json_text, text
     from kimi_pretrain.parallel.world import open_world
 
     with closing(open_world(_as_started(config.parallel))) as world:
@@ -51,12 +53,20 @@ def _examine(config: Config, arguments: argparse.Namespace) -> int:
             _write(arguments.report, "")  # before minutes of probes
         found = examine(config, world, socket.gethostname())
         if world.is_first:
-            print(json_text(found) if arguments.json else "\n".join(lines(found)), flush=True)
+            print(json_text(found) if arguments.json else text(found), flush=True)
             if arguments.report is not None:
                 _write(arguments.report, bug_report(found, arguments.overrides))
         # The first rank to leave with a code makes torchrun end the others: leave together.
         world.everyone.barrier()
     return exit_codes.DONE if found.fit else exit_codes.GUARD
+
+
+def _require_startable(ranks: int) -> None:
+    """Ranks of a preset for thousands of GPUs are not to be started on the host it is typed on."""
+    if ranks > _MOST_HERE:
+        rule = f"doctor starts {_MOST_HERE} ranks at most, on this machine"
+        fix = "torchrun ... -m kimi_pretrain.doctor with the same overrides on the job's nodes"
+        raise ConfigError("parallel.pp x parallel.dp", ranks, rule, fix)
 
 
 def _as_started(parallel: ParallelConfig) -> ParallelConfig:

@@ -64,6 +64,13 @@ def gpu_findings(
     if len(kinds) > 1:
         found.append(Finding(BAD, "GPUs", f"are of {len(kinds)} kinds: {', '.join(kinds)}"))
     if not found:
-        links = gpus[0]["nvlinks"]
-        found.append(Finding(OK, "GPUs", f"{len(gpus)} x {kinds[0]}, {links} NVLinks each, all up"))
+        found.append(Finding(OK, "GPUs", f"{len(gpus)} x {kinds[0]}, {_links(gpus[0])}"))
     return found
+
+
+def _links(gpu: Mapping[str, Any]) -> str:
+    if not gpu["nvlinks"]:
+        return "no NVLink"
+    speed = gpu["nvlink_bytes_per_second"]
+    rate = "" if speed is None else f" of {speed / 1e9:.1f} GB/s"
+    return f"{gpu['nvlinks']} NVLinks{rate} each, all up"

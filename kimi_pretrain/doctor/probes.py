@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import isnan
 from statistics import median
 
 import torch
@@ -21,7 +22,7 @@ from kimi_pretrain.parallel.collectives import Group
 from kimi_pretrain.parallel.world import World
 
 PASSES = 3
-AGAIN = 3  # times that a probe is repeated while somebody is slow in it
+AGAIN = 5  # times that a probe is repeated while somebody is slow in it
 MiB = 1 << 20
 
 
@@ -77,7 +78,11 @@ def probe(world: World, hosts: Sequence[str]) -> list[Probe]:
     group = world.ep if world.ep.size > 1 else world.everyone
     if group.size > 1:
         work, sent = _all_to_all(group, load, world.device)
-        seconds = _confirmed(world, hosts, partial(_measured, world, work, load))
+
+        def together() -> float:  # all its members are in one all-to-all, and none done before
+            return max(_gathered(group, _measured(world, work, load)))
+
+        seconds = _confirmed(world, hosts, together)
         found.append(Probe(f"all-to-all of {group.size} ranks", seconds, sent, "B"))
     return found
 
@@ -107,12 +112,7 @@ def _alone(device: torch.device, load: Load) -> list[tuple[str, Callable[[], obj
     target = torch.empty_like(source)
     matmul = f"matmul {size} x {size} {str(load.matmul_dtype).removeprefix('torch.')}"
     probes: list[tuple[str, Callable[[], object], float, str]] = [
-        (
-            matmul,
-            lambda: torch.mm(a, a, out=product),
-            2.0 * size**3,
-            "FLOP",
-        ),
+        (matmul, lambda: torch.mm(a, a, out=product), 2.0 * size**3, "FLOP"),
         ("memory copy", lambda: target.copy_(source), float(load.copy_bytes), "B"),
     ]
     if device.type != "cpu":
@@ -146,7 +146,7 @@ def _exchanged(world: World, rounds: Sequence[Round], load: Load) -> float | Non
     """Seconds that an exchange takes this rank with the quickest of its partners.
 
     Of two the lower rank sends first: what two ranks exchange over NCCL happens in the order in
-    which it is asked for.
+    which it is asked for. It has taken as long as the one says who was longer at it.
     """
     group = world.everyone
     leaving = torch.zeros(load.exchange_bytes, dtype=torch.uint8, device=world.device)
@@ -165,9 +165,9 @@ def _exchanged(world: World, rounds: Sequence[Round], load: Load) -> float | Non
                 group.receive(coming, partner).wait()
                 group.send(leaving, partner).wait()
 
-        seconds = _measured(world, exchange, load)
+        seconds = _gathered(group, _measured(world, exchange, load))
         if partner is not None:
-            figures.append(seconds)
+            figures.append(max(seconds[group.index], seconds[partner]))
     return min(figures, default=None)
 
 
@@ -184,9 +184,14 @@ def _usual(seconds: list[float], world: World) -> float:
 
 
 def _all(group: Group, value: float | None) -> tuple[float | None, ...]:
-    """Every rank's value, by rank; nan stands for None on the way."""
+    """Every rank's value, by rank."""
+    return tuple(None if isnan(number) else number for number in _gathered(group, value))
+
+
+def _gathered(group: Group, value: float | None) -> list[float]:
+    """Every rank's value, by rank; nan for None."""
     mine = torch.tensor([torch.nan if value is None else value], dtype=torch.float64)
     mine = mine.to(group.device)
     values = mine.new_empty(group.size)
     group.all_gather(values, mine).wait()
-    return tuple(None if number != number else number for number in values.tolist())
+    return list(values.tolist())

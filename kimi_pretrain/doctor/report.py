@@ -13,8 +13,23 @@ from kimi_pretrain.doctor.findings import BAD, NOTE, OK
 _MARKS = {OK: "  ok  ", NOTE: " note ", BAD: " BAD  "}
 
 
-def lines(found: Examination) -> Iterator[str]:
+def text(found: Examination) -> str:
     """What a person reads, what is bad at the end, where the eye is."""
+    return masked("\n".join(_lines(found)), os.environ)
+
+
+def json_text(found: Examination) -> str:
+    """Everything, for programs."""
+    return masked(json.dumps(found.data(), indent=2), os.environ)
+
+
+def bug_report(found: Examination, overrides: Sequence[str]) -> str:
+    """The command, the text and everything behind it; no value of a secret variable."""
+    command = masked(" ".join(["kimi-pretrain doctor", *overrides]), os.environ)
+    return f"{command}\npython {sys.version}\n\n{text(found)}\n\n{json_text(found)}\n"
+
+
+def _lines(found: Examination) -> Iterator[str]:
     ranks, hosts = len(found.hosts), len(found.looks)
     where = "this process" if ranks == 1 else f"{ranks} ranks on {hosts} host" + "s" * (hosts > 1)
     look = next(iter(found.looks.values()))
@@ -27,18 +42,6 @@ def lines(found: Examination) -> Iterator[str]:
                 yield f"{_MARKS[level]} {finding.line()}"
     bad = sum(finding.level == BAD for finding in found.findings)
     yield "fit for a run" if found.fit else f"not fit for a run: {bad} to mend"
-
-
-def json_text(found: Examination) -> str:
-    """Everything, for programs."""
-    return masked(json.dumps(found.data(), indent=2), os.environ)
-
-
-def bug_report(found: Examination, overrides: Sequence[str]) -> str:
-    """The command, the text and everything behind it; no value of a secret variable."""
-    command = " ".join(["kimi-pretrain doctor", *overrides])
-    text = "\n".join([command, f"python {sys.version}", "", *lines(found), "", ""])
-    return masked(text, os.environ) + json_text(found) + "\n"
 
 
 def _versions(same: Mapping[str, Any]) -> Iterator[str]:

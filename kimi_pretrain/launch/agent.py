@@ -7,11 +7,14 @@ say: that it was killed, or that the other nodes cannot be reached.
 
 import logging
 import os
+import re
 import signal
+import socket
 import sys
 import threading
 
 from torch.distributed import DistError
+from torch.distributed.elastic.multiprocessing import api as multiprocessing
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
@@ -19,6 +22,8 @@ from torch.distributed.run import parse_args, run
 
 from kimi_pretrain.config import exit_codes
 from kimi_pretrain.launch.verdict import verdict
+
+_FAILED = re.compile(r"failed \(exitcode: (?P<code>-?\d+)\) local_rank: (?P<rank>\d+)")
 
 
 def main(watched: int, arguments: list[str]) -> int:
@@ -28,8 +33,12 @@ def main(watched: int, arguments: list[str]) -> int:
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # its parent's; inherited by the ranks
     threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
-    logging.disable(logging.CRITICAL)  # torchrun's account of who ended and whom it ended
     options = parse_args(arguments)  # type: ignore[no-untyped-call]
+    if options.max_restarts == 0:
+        logging.disable(logging.CRITICAL)  # torchrun's account of who ended and whom it ended
+    else:
+        logging.disable(logging.WARNING)
+        _report_kills(options.local_addr)
     try:
         run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
@@ -48,6 +57,27 @@ def main(watched: int, arguments: list[str]) -> int:
         )
         return exit_codes.PEER
     return 0
+
+
+class _Kills(logging.Handler):
+    """Names a rank that was killed, of which torchrun's restart would leave no word."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__()
+        self.host = host
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = _FAILED.match(record.getMessage())
+        if found is not None and int(found["code"]) < 0:
+            name = signal.Signals(-int(found["code"])).name
+            rank = f"local rank {found['rank']}"
+            sys.stderr.write(f"kimi-pretrain: {self.host}: {rank} was killed by {name}\n")
+
+
+def _report_kills(address: str | None) -> None:
+    host = address or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    logger = logging.getLogger(multiprocessing.__name__)
+    logger.handlers, logger.propagate = [_Kills(host)], False
 
 
 def _end_with(watched: int) -> None:

@@ -27,6 +27,7 @@ from kimi_pretrain.launch.verdict import worst
 
 LOOK_SECONDS = 0.2
 AGAIN_SECONDS = 5.0  # before a host that failed is tried again
+SSH_FAILED = 255
 LEAVE_SECONDS = 120.0  # from the first host's end for good to everybody's
 # A host that ended so would only do it again.
 _FOR_GOOD = (exit_codes.DONE, exit_codes.BAD_INPUT, exit_codes.GUARD, exit_codes.SIGNAL)
@@ -162,7 +163,10 @@ class _Hosts:
         # The first host holds the rendezvous: without it the others have nowhere to meet.
         others = bool(self.running) and not self.codes
         if code in _FOR_GOOD or host == 0 or self.stopping or not self.restarts or not others:
-            self.codes[host] = exit_codes.PEER if code < 0 or code == 255 else code
+            self.codes[host] = exit_codes.PEER if code < 0 or code == SSH_FAILED else code
+            if host == 0 and code not in (exit_codes.DONE, exit_codes.SIGNAL):
+                for process in self.running.values():
+                    _tell(process, None)
             return
         self.restarts -= 1
         self.again[host] = time.monotonic() + AGAIN_SECONDS

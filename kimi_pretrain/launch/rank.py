@@ -7,13 +7,29 @@ rank leaves its code here and ends with 0.
 """
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from kimi_pretrain.config import exit_codes
 
 RANKS_DIR = "KIMI_PRETRAIN_RANKS"  # the folder's name, in each rank's environment
 IDS, EXITS = "ids", "exits"  # a file a local rank in each
 _FOR_NOTHING = (exit_codes.BAD_INPUT, exit_codes.GUARD, exit_codes.SIGNAL)
+
+
+def run_as_rank(command: Callable[[], int]) -> NoReturn:
+    """Run what this process was started for as a rank, and end with its exit code.
+
+    Python is not taken down: threads of process groups that lost a peer cannot be ended (gloo
+    has no abort), and abort the process when they want a Python that is going. See World.close.
+    """
+    report_as_rank()
+    code = settle(command())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def report_as_rank() -> None:

@@ -77,7 +77,10 @@ class Graph:
             if edge is not None and grad is not None
         ]
         torch.autograd.backward([edge for edge, _ in pairs], [grad for _, grad in pairs])
-        found, self._found, self._edges = self._found, [], []
+        found = list(self._found)
+        # What still waits for W holds this graph's beginning, and with it the list.
+        self._found.clear()
+        self._edges = []
         return found
 
 

@@ -4,12 +4,13 @@ K2's vocabulary has 163,840 entries: the logits of 4,096 tokens would take 2.7 G
 They are computed in tiles of a fixed number of elements:
 
 - A vocabulary that fits a tile for some hundreds of tokens is taken whole, for that many
-  tokens at a time; nothing is computed twice.
-- A larger one is cut. A first pass over its tiles finds every token's log-sum-exp (online,
-  arXiv 1805.02867), a second one computes the logits again and the gradients from them.
-
-Both gradients are computed in forward, while a tile is in the cache: the loss is the last
-operation of the model, so backward is one scaling, and no logits are kept for it.
+  tokens at a time. Both gradients are computed in forward, while a tile is in the cache, and
+  kept: backward is one scaling, and nothing is computed twice.
+- A larger one is cut. Forward goes over its tiles for every token's log-sum-exp (online,
+  arXiv 1805.02867), backward computes them again for the gradients from it. Kept are the
+  hidden states and a number a token. K2's gradient of the weight, 2.3 GB in bf16, exists
+  nowhere but in ``main_grad``, and the products are as many as if forward computed it
+  (docs/decisions/0005-the-heads-gradients.md).
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kimi_pretrain.ops.main_grad import deliver
+from kimi_pretrain.ops.main_grad import deliver, delivered, main_gradient
 from kimi_pretrain.ops.precision import accumulate_dtype
 from kimi_pretrain.ops.saved import named
 
@@ -76,32 +77,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
         tile_elements: int,
         differentiable: bool,
     ) -> Tensor:
+        problem = _Problem.of(hidden, weight, labels, 1.0 / denominator)
         tokens, vocabulary = hidden.shape[0], weight.shape[0]
-        valid = labels != IGNORED
-        problem = _Problem(
-            hidden,
-            weight,
-            torch.where(valid, labels, 0),
-            valid.to(accumulate_dtype(hidden.dtype)),
-            1.0 / denominator,
-        )
-        if tile_elements >= vocabulary * min(tokens, _MIN_TOKENS):
-            run, other = _whole_vocabulary, vocabulary
+        whole = tile_elements >= vocabulary * min(tokens, _MIN_TOKENS)
+        elements = tile_elements * (1 if _on_cpu(hidden) else _ACCELERATOR_TILES)
+        step = max(1, elements // (vocabulary if whole else tokens))
+        # The weight not through save_for_backward: it would come back without its attributes.
+        ctx.weight, ctx.scale, ctx.step = weight, problem.scale, None if whole else step
+        # Every saved tensor has a tag (ops/saved.py); the hidden states have the norm's.
+        if whole:
+            losses, gradients = _whole_vocabulary(problem, step, differentiable)
+            if gradients is not None:
+                named("head", *gradients)
+                ctx.save_for_backward(*gradients)
         else:
-            run, other = _cut_vocabulary, tokens
-        step = max(1, tile_elements * (1 if _on_cpu(hidden) else _ACCELERATOR_TILES) // other)
-        losses, gradients = run(problem, step, differentiable)
-        if gradients is not None:
-            ctx.weight = weight
-            named("head", *gradients)  # every saved tensor has a tag (ops/saved.py)
-            ctx.save_for_backward(*gradients)
+            losses, lse = _cut_losses(problem, step)
+            if differentiable:
+                named("head", labels, lse)
+                ctx.save_for_backward(hidden, labels, lse)
         return torch.dot(losses, problem.valid) * problem.scale
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_hidden, grad_weight), weight = ctx.saved_tensors, ctx.weight
-        grad = deliver(weight, grad_weight * grads[0])
-        return grad_hidden * grads[0], grad, None, None, None, None
+        weight: Tensor = ctx.weight
+        if ctx.step is None:
+            grad_hidden, grad_weight = ctx.saved_tensors
+            grad_hidden, grad = grad_hidden * grads[0], deliver(weight, grad_weight * grads[0])
+        else:
+            hidden, labels, lse = ctx.saved_tensors
+            problem = _Problem.of(hidden, weight, labels, ctx.scale)
+            grad_hidden, grad = _cut_gradients(problem, lse, ctx.step, grads[0])
+        return grad_hidden, grad, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,12 @@ class _Problem:
     targets: Tensor  # [tokens], 0 where ignored
     valid: Tensor  # [tokens] 1 or 0, in the dtype of sums
     scale: float  # of the sum of losses
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, labels: Tensor, scale: float) -> "_Problem":
+        valid = labels != IGNORED
+        wide = valid.to(accumulate_dtype(hidden.dtype))
+        return cls(hidden, weight, torch.where(valid, labels, 0), wide, scale)
 
 
 _Result = tuple[Tensor, tuple[Tensor, Tensor] | None]  # losses [tokens], gradients if wanted
@@ -145,8 +157,8 @@ def _whole_vocabulary(problem: _Problem, step: int, differentiable: bool) -> _Re
     return losses, (grad_hidden, grad_weight.mul_(problem.scale).to(weight.dtype))
 
 
-def _cut_vocabulary(problem: _Problem, step: int, differentiable: bool) -> _Result:
-    """All tokens, ``step`` entries of the vocabulary at a time, in two passes."""
+def _cut_losses(problem: _Problem, step: int) -> tuple[Tensor, Tensor]:
+    """Losses and log-sum-exps [tokens], ``step`` entries of the vocabulary at a time."""
     hidden, weight, valid = problem.hidden, problem.weight, problem.valid
     lse = torch.full_like(valid, -torch.inf)
     own = torch.zeros_like(valid)  # the target's logit
@@ -156,22 +168,36 @@ def _cut_vocabulary(problem: _Problem, step: int, differentiable: bool) -> _Resu
         own[rows] = tile[rows, local].to(own.dtype)
         for block in _blocks(tile):
             lse[block] = torch.logaddexp(lse[block], _softmax(tile[block])[1])
-    losses = lse - own
-    if not differentiable:
-        return losses, None
+    return lse - own, lse
+
+
+def _cut_gradients(
+    problem: _Problem, lse: Tensor, step: int, grad: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of hidden states and weight times ``grad`` (scalar).
+
+    That of the weight is added to its main gradient tile by tile; without one it is returned.
+    """
+    hidden, weight, valid = problem.hidden, problem.weight, problem.valid
+    factor = problem.scale * grad
     counted = hidden * valid[:, None].to(hidden.dtype)
     grad_hidden = torch.zeros_like(hidden, dtype=valid.dtype)
-    grad_weight = torch.empty_like(weight)
+    main = main_gradient(weight)
+    grad_weight = torch.zeros_like(weight) if main is None else main
     for columns in _slices(weight.shape[0], step):
-        tile = torch.mm(hidden, weight[columns].t())
+        tile = torch.mm(hidden, weight[columns].t())  # [tokens, step]
+        rows, local = _targets_within(problem.targets, columns)
+        own = tile[rows, local].to(lse.dtype)
         for block in _blocks(tile):
             tile[block] = torch.exp(tile[block] - lse[block, None])
-        rows, local = _targets_within(problem.targets, columns)
-        tile[rows, local] = torch.expm1(own[rows] - lse[rows]).to(tile.dtype)
+        # Softmax minus one at the target, before rounding: 0.999 - 1 in bf16 is not -0.001.
+        tile[rows, local] = torch.expm1(own - lse[rows]).to(tile.dtype)
         grad_hidden += torch.mm(tile, weight[columns])
-        grad_weight[columns] = torch.mm(tile.t(), counted).to(valid.dtype) * problem.scale
-    grad_hidden.mul_(valid[:, None] * problem.scale)
-    return losses, (grad_hidden.to(hidden.dtype), grad_weight)
+        grad_weight[columns].add_(torch.mm(tile.t(), counted).to(valid.dtype) * factor)
+    grad_hidden.mul_(valid[:, None] * factor)
+    if main is not None:
+        delivered(weight)
+    return grad_hidden.to(hidden.dtype), grad_weight if main is None else None
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:

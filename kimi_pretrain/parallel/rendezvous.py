@@ -135,8 +135,10 @@ def _connect(place: Place, timeout: float) -> Store:
     except DistError as error:
         rule = f"the ranks' store is at this port of {host}: {first_line(error)}"
         raise ConfigError("MASTER_PORT", port, rule, "a port that is free") from error
-    # Restarted workers, and the next job of a sweep, must not read what was left behind.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # Restarted workers, and the next job of a sweep, must not read what was left behind. A store
+    # of rank 0's own is new at each start, and of those on a node that was replaced nobody else
+    # counts the same.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if launchers else "0"
     return PrefixStore(f"kimi_pretrain/{attempt}/{next(_MEETINGS)}", store)
 
 

@@ -26,13 +26,18 @@ class Stopwatch:
         self._marks: list[tuple[str, Moment]] = []  # from when on time goes to which stretch
         self._waits: list[tuple[str, str, Moment, Moment]] = []  # within a stretch, for whom
 
+    @property
+    def running(self) -> bool:
+        """Whether a step is being measured."""
+        return bool(self._marks)
+
     def start(self, stretch: str) -> None:
         """A step begins, with this stretch."""
         self._marks, self._waits = [(stretch, self.now())], []
 
     def enter(self, stretch: str) -> None:
         """From now on time goes to another stretch; one may be entered again and again."""
-        if self._marks:
+        if self.running:
             self._marks.append((stretch, self.now()))
 
     def waiting(self, kind: str) -> AbstractContextManager[None]:
@@ -41,7 +46,7 @@ class Stopwatch:
 
     def waited(self, kind: str, since: Moment) -> None:
         """As ``waiting``, from ``since`` until now."""
-        if self._marks:
+        if self.running:
             self._waits.append((self._marks[-1][0], _WAITS[kind], since, self.now()))
 
     def stop(self) -> dict[str, float]:
@@ -78,13 +83,14 @@ class _Waiting(AbstractContextManager[None]):
 
     def __init__(self, stopwatch: Stopwatch, kind: str) -> None:
         self._stopwatch, self._kind = stopwatch, kind
-        self._since: Moment = 0.0
+        self._since: Moment | None = None
 
     def __enter__(self) -> None:
-        self._since = self._stopwatch.now()
+        self._since = self._stopwatch.now() if self._stopwatch.running else None
 
     def __exit__(self, *error: object) -> None:
-        self._stopwatch.waited(self._kind, self._since)
+        if self._since is not None:
+            self._stopwatch.waited(self._kind, self._since)
 
 
 def _seconds(begun: Moment, ended: Moment) -> float:

@@ -15,7 +15,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -28,6 +28,7 @@ from kimi_pretrain.model.microbatch import DeviceBatch, Microbatch
 from kimi_pretrain.model.rank_model import RankModel
 from kimi_pretrain.model.record import StepRecord
 from kimi_pretrain.model.tape import ChunkTape, Steps, backward_steps, forward_steps
+from kimi_pretrain.ops.attention import several_documents
 from kimi_pretrain.ops.main_grad import Deferral, Product
 from kimi_pretrain.parallel.collectives import Group
 from kimi_pretrain.parallel.dispatch import Dispatcher, Flight
@@ -135,6 +136,7 @@ class _Step:
         shapes = [(*batch.tokens.shape, width) for batch in batches]
         self.mail = Mailbox(self.executor.group, shapes, self.model.dtype, self.schedule.stages)
         self.watch = Watch(self.executor.observe)
+        self.positions: dict[int, Microbatch] = {}  # by length: tables are large
         self.shared: dict[int, Microbatch] = {}
         self.loss = torch.zeros(
             (), dtype=self.work.record.max_logits.dtype, device=self.model.device
@@ -364,14 +366,17 @@ class _Step:
         """Positions and documents of a microbatch, the same for every stage of this rank."""
         if number not in self.shared:
             batch = self.work.microbatches[number]
-            self.shared[number] = Microbatch.build(
-                self.model.config,
-                batch.tokens.shape[1],
-                self.model.dtype,
-                batch.tokens.device,
-                batch.document_ids,
-                self.work.record,
-            )
+            length = batch.tokens.shape[1]
+            if length not in self.positions:
+                self.positions[length] = Microbatch.build(
+                    self.model.config,
+                    length,
+                    self.model.dtype,
+                    batch.tokens.device,
+                    record=self.work.record,
+                )
+            documents = several_documents(batch.document_ids)
+            self.shared[number] = replace(self.positions[length], document_ids=documents)
         return self.shared[number]
 
 

@@ -7,10 +7,11 @@ host's memory.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kimi_pretrain.config.activation import Policy, policies
 from kimi_pretrain.config.schema import Config, ModelConfig
+from kimi_pretrain.plan.flops import head_is_cut
 
 BF16, FP32, INT64 = 2, 4, 8
 FP8 = 1 + FP32 / 128  # E4M3 and its tile's scale
@@ -30,6 +31,7 @@ class Setting:
     model: ModelConfig
     policies: Mapping[str, Policy]
     weights_at_experts: bool  # router weights multiply before the down-projection
+    travels: bool  # rows go to experts on other ranks
     sequence: int  # tokens
     sequences: int  # of a microbatch
 
@@ -44,6 +46,7 @@ class Setting:
             config.model,
             policies(config.activation),
             config.parallel.router_weights == "before_down",
+            config.parallel.ep > 1,
             config.data.sequence_length,
             micro_batch_size,
         )
@@ -70,6 +73,8 @@ class Kept:
     leaves: dict[str, float]  # for the host, where the schedule has the time
     again: dict[str, float]  # nowhere: computed again, and on the device from then on
     segments: tuple[Segment, ...]  # the same in the order of the forward
+    until_w: float = 0.0  # beside it: what weight gradients wait with, from I on
+    layers: int = 1
 
     @property
     def device(self) -> float:
@@ -116,10 +121,14 @@ def stage_kept(setting: Setting, layers: range) -> Kept:
             _add(parts[-1], phase, tokens)
     if layers.stop == model.num_hidden_layers:
         hidden = BF16 * model.hidden_size
-        # The loss computes both gradients in its forward and keeps them.
-        head = {"head": hidden * (tokens + model.vocab_size), "norm_in": (hidden + FP32) * tokens}
+        head = {"norm_in": float((hidden + FP32) * tokens)}
+        if head_is_cut(model, tokens):  # hidden states, labels and log-sum-exps
+            head |= {"norm_out": float(hidden * tokens), "head": float((INT64 + FP32) * tokens)}
+        else:  # both gradients, computed in forward
+            head["head"] = float(hidden * (tokens + model.vocab_size))
         _add(parts[-1], head, 1)
-    return _kept(setting, parts)
+    kept = _kept(setting, parts)
+    return replace(kept, until_w=gradients_until_w(setting, layers), layers=len(layers))
 
 
 def _kept(setting: Setting, parts: Sequence[Sizes]) -> Kept:
@@ -129,7 +138,7 @@ def _kept(setting: Setting, parts: Sequence[Sizes]) -> Kept:
     for part in parts:
         size = 0.0
         for tag, full in part.items():
-            policy = setting.policies[tag]
+            policy = setting.policies.get(tag, Policy())
             if policy.recompute:
                 _add(again, {tag: full}, 1)
             elif full:
@@ -204,6 +213,8 @@ def _router(setting: Setting) -> Sizes:
         "router_in": float(FP32 * model.hidden_size),
         "router": float(FP32 * (model.n_routed_experts + top_k + 1)),  # scores, weights, their sum
         "route": float(INT64 * 3 * top_k),  # indices, order and its inverse
+        # How rows travelled: no operation saves it, so that it has no policy and stays.
+        "way": float(INT64 * 2 * top_k * setting.travels),
     }
 
 

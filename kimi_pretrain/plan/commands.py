@@ -1,14 +1,15 @@
-"""`kimi-pretrain plan`, `plan layout` and `plan search`."""
+"""`kimi-pretrain plan`, `plan --dry-run`, `plan layout` and `plan search`."""
 
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kimi_pretrain.config import compose
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config
+from kimi_pretrain.parallel.topology import Topology
 from kimi_pretrain.plan.html import plan_page
 from kimi_pretrain.plan.layout_report import layout_report
 from kimi_pretrain.plan.layout_table import layout_data, layout_lines
@@ -20,12 +21,20 @@ from kimi_pretrain.plan.shortage import shortage
 
 DONE, BAD_INPUT = 0, 2
 _WORDS = ("layout", "search")
+_RANKS = "0,1,last"
 _OVERRIDES = "as for train: model=k2 parallel.ep=16 ..."
 _UNITS = {"": 1.0, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 
+# configuration, global ranks, JSON or text -> exit code
+DryRun = Callable[[Config, Sequence[int], bool], int]
 
-def main(argv: Sequence[str]) -> int:
+
+def main(argv: Sequence[str], dry_run: DryRun) -> int:
     """Run one plan command; returns the exit code, 2 for flags that do not exist.
+
+    Args:
+        argv: what follows the word ``plan``.
+        dry_run: runs ranks of the program without memory; it needs torch, a plan does not.
 
     Raises:
         ConfigError: overrides that describe no run.
@@ -34,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         if word == "layout":
             return _layout(argv[1:])
-        return _search(argv[1:]) if word == "search" else _plan(argv)
+        return _search(argv[1:]) if word == "search" else _plan(argv, dry_run)
     except _Usage as stop:
         return stop.code
 
@@ -62,7 +71,7 @@ def _parser(word: str, description: str, epilog: str) -> argparse.ArgumentParser
     return parser
 
 
-def _plan(argv: Sequence[str]) -> int:
+def _plan(argv: Sequence[str], dry_run: DryRun) -> int:
     parser = _parser(
         "",
         "What a run will need, before a GPU is rented: memory, bytes on the wire, time. "
@@ -71,8 +80,22 @@ def _plan(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--html", metavar="FILE", help="a page with a picture of memory and time")
     parser.add_argument("--tokens", metavar="N", help="token budget, as in 15.5T; else the run's")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="instead, run a step of the program itself on some ranks, without memory or peers, "
+        "and compare what it holds and sends with the plan",
+    )
+    parser.add_argument(
+        "--ranks", metavar="LIST", help=f"which, with --dry-run (default {_RANKS}, as there are)"
+    )
     arguments = _parse(parser, argv)
     config = compose(arguments.overrides)
+    if arguments.dry_run:
+        _require_plain(arguments)
+        return dry_run(config, _ranks(arguments.ranks, config), arguments.json)
+    if arguments.ranks is not None:
+        raise ConfigError("--ranks", arguments.ranks, "it belongs to --dry-run", "--dry-run")
     budget = _budget(arguments.tokens, config)
     plan = plan_run(config)
     short = shortage(plan)
@@ -117,6 +140,26 @@ def _search(argv: Sequence[str]) -> int:
     else:
         print("\n".join(search_lines(found)))
     return DONE
+
+
+def _require_plain(arguments: argparse.Namespace) -> None:
+    for flag, value in (("--html", arguments.html), ("--tokens", arguments.tokens)):
+        if value is not None:
+            raise ConfigError(flag, value, "it belongs to a plan", "leaving --dry-run out")
+
+
+def _ranks(text: str | None, config: Config) -> list[int]:
+    """Global ranks; of the default those that the run has."""
+    world = Topology.of_config(config.parallel).world
+    names = (text or _RANKS).split(",")
+    ranks = [world - 1 if n == "last" else int(n) if n.isdecimal() else world for n in names]
+    if text is None:
+        ranks = [rank for rank in ranks if rank < world]
+    for name, rank in zip(names, ranks, strict=False):
+        if rank >= world:
+            rule = f"a rank is one of 0 to {world - 1}, or last"
+            raise ConfigError("--ranks", name, rule, f"--ranks {_RANKS}")
+    return list(dict.fromkeys(ranks))
 
 
 def _budget(text: str | None, config: Config) -> float:

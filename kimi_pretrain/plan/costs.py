@@ -13,7 +13,13 @@ from kimi_pretrain.parallel.topology import Topology
 from kimi_pretrain.pipeline.costs import Costs, Extra, Phases
 from kimi_pretrain.plan.activations import Setting, layer_leaves
 from kimi_pretrain.plan.communication import all_to_all, message
-from kimi_pretrain.plan.flops import head_flops, head_products, layer_flops, up_projection_flops
+from kimi_pretrain.plan.flops import (
+    head_flops,
+    head_is_cut,
+    head_products,
+    layer_flops,
+    up_projection_flops,
+)
 from kimi_pretrain.plan.hardware import Hardware
 from kimi_pretrain.plan.shapes import stage_specs
 
@@ -132,7 +138,9 @@ def _embedding(model: ModelConfig, tokens: int, hardware: Hardware) -> Extra:
 
 
 def _head(model: ModelConfig, tokens: int, hardware: Hardware) -> Extra:
-    """The loss computes both gradients in its forward; a backward scales and accumulates them."""
-    products = head_products(model, tokens) * tokens * head_flops(model) / hardware.matmul
+    """The weight's gradient is accumulated in backward, where forward has not computed it."""
+    product = tokens * head_flops(model) / hardware.matmul
+    forward, backward = head_products(model, tokens)
     matrix = model.vocab_size * model.hidden_size / hardware.memory
-    return Extra(forward=products, backward=(2 * BF16 + ACCUMULATION_BYTES) * matrix)
+    traffic = ACCUMULATION_BYTES + (0 if head_is_cut(model, tokens) else 2 * BF16)
+    return Extra(forward=forward * product, backward=backward * product + traffic * matrix)

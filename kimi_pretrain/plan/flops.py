@@ -68,14 +68,18 @@ def head_flops(model: ModelConfig) -> int:
     return 2 * model.hidden_size * model.vocab_size
 
 
-def head_products(model: ModelConfig, tokens: int) -> int:
-    """How often a forward with loss multiplies by the head: logits, both gradients.
+def head_is_cut(model: ModelConfig, tokens: int) -> bool:
+    """Whether the loss takes the vocabulary in parts: one that does not fit a tile with some
+    hundreds of tokens (``ops/linear_cross_entropy.py``, whose constants a test compares)."""
+    return model.vocab_size * min(tokens, HEAD_MIN_TOKENS) > HEAD_TILE_ELEMENTS
 
-    A vocabulary that does not fit a tile with some hundreds of tokens is cut, and its logits are
-    computed twice (``ops/linear_cross_entropy.py``, whose constants a test compares).
+
+def head_products(model: ModelConfig, tokens: int) -> tuple[int, int]:
+    """How often forward and backward multiply by the head: logits, both gradients.
+
+    Forward does all of it, unless the vocabulary is cut: then backward computes the logits again.
     """
-    whole = model.vocab_size * min(tokens, HEAD_MIN_TOKENS) <= HEAD_TILE_ELEMENTS
-    return 3 if whole else 4
+    return (1, 3) if head_is_cut(model, tokens) else (3, 0)
 
 
 def up_projection_flops(model: ModelConfig) -> int:

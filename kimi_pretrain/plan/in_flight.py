@@ -1,7 +1,7 @@
 """What a rank holds at once, in bytes, as its row of a schedule adds and frees it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from kimi_pretrain.pipeline.actions import COMPUTE, Action, Kind, Node, Schedule, leaves
@@ -17,33 +17,35 @@ class Held:
     device: float  # bytes
     host: float  # bytes that were offloaded and have not come back
     microbatches: int  # (stage, microbatch) of which something is on the device
+    gradients: float = 0.0  # bytes beside those on the device: weight gradients wait with them
 
 
 def most_held(schedule: Schedule, rank: int, kept: Sequence[Kept]) -> Held:
-    """The most that a rank holds on its device and on its host (not at the same time).
+    """The most that a rank holds on its device, gradients included, and on its host.
 
+    The two are not at the same time.
     ``kept`` is what one microbatch leaves on each stage, [stages].
     """
     moments = held_along(schedule, rank, kept)
-    fullest = max(moments, key=lambda held: held.device)
-    host = max(held.host for held in moments)
-    return Held(fullest.device, host, fullest.microbatches)
+    fullest = max(moments, key=lambda held: held.device + held.gradients)
+    return replace(fullest, host=max(held.host for held in moments))
 
 
 def held_along(schedule: Schedule, rank: int, kept: Sequence[Kept]) -> list[Held]:
     """[nodes] the most that a rank holds during each node of its row: the order needs no clock.
 
     What F leaves is held until its backward comes to it, segment by segment; inputs of products
-    from then until W, where there is one. In a pair both go on in turn. What is offloaded is still
-    on the device during the next computation, and what comes back is there from when its PREFETCH
-    stands; what is recomputed ahead, from its RECOMPUTE.
+    from then until W, where there is one, as are the gradients of their outputs. In a pair both go
+    on in turn. What is offloaded is still on the device during the next computation, and what comes
+    back is there from when its PREFETCH stands; what is recomputed ahead, from its RECOMPUTE.
     """
     device: dict[Place, float] = {}  # where something is, however little
+    owed: dict[Place, float] = {}  # gradients of outputs, from I to W
     leaving: list[Place] = []
     now = host = 0.0
     moments = []
     for node in schedule.ranks[rank]:
-        most, computes = now, False
+        most, within, computes = now, 0.0, False
         here = set(device)
         if leaves(node)[0].kind in COMPUTE:
             computes = True
@@ -67,13 +69,18 @@ def held_along(schedule: Schedule, rank: int, kept: Sequence[Kept]) -> list[Held
                     host += stage.host
                 case Kind.I:
                     after = stage.inputs
-                case Kind.W | Kind.B:
+                    owed[place] = stage.until_w
+                case Kind.W:
                     after = 0.0
+                    within = owed.pop(place)
+                case Kind.B:
+                    after = 0.0
+                    within = stage.until_w / stage.layers  # each is done before the next one's
             now += after - device.pop(place, 0.0)
             if after:
                 device[place] = after
                 here.add(place)
-        moments.append(Held(max(now, most), host, len(here)))
+        moments.append(Held(max(now, most), host, len(here), sum(owed.values()) + within))
         if computes:  # the copies before this computation are done
             for place in leaving:
                 now -= kept[place[0]].host

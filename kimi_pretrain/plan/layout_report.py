@@ -134,11 +134,23 @@ def layout_report(config: Config) -> LayoutReport:
     reports = []
     for same in alike.values():
         ranks, ranges, (specs, *_) = zip(*same, strict=True)
-        layout = plan_layout(
-            specs, topology.edp, topology.ep, parallel.dense_sharding, parallel.bucket_elements
-        )
-        reports.append(_stage_report(ranks, tuple(chain(*ranges)), layout))
+        reports.append(_stage_report(ranks, tuple(chain(*ranges)), _layout(config, specs)))
     return LayoutReport(config.model.name, topology, tuple(reports))
+
+
+def rank_layout(config: Config, rank: int) -> Layout:
+    """The buckets and owners of one pipeline rank's stages."""
+    layers = split_layers(config.model, config.parallel)
+    held = [layers[stage] for stage in rank_stages(config)[rank]]
+    ep = config.parallel.ep
+    return _layout(config, [s for part in held for s in stage_specs(config.model, part, ep)])
+
+
+def _layout(config: Config, specs: list[Spec]) -> Layout:
+    parallel, topology = config.parallel, Topology.of_config(config.parallel)
+    return plan_layout(
+        specs, topology.edp, topology.ep, parallel.dense_sharding, parallel.bucket_elements
+    )
 
 
 def _stage_report(

@@ -7,8 +7,8 @@ from math import ceil
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.parallel.topology import Topology
-from kimi_pretrain.pipeline.actions import Kind, Overlap, leaves
-from kimi_pretrain.plan.activations import Setting, gradients_until_w, stage_kept
+from kimi_pretrain.pipeline.actions import Overlap
+from kimi_pretrain.plan.activations import Setting, stage_kept
 from kimi_pretrain.plan.communication import ROW_BYTES
 from kimi_pretrain.plan.hardware import Hardware
 from kimi_pretrain.plan.in_flight import most_held
@@ -120,9 +120,8 @@ def rank_memory(
         for stage in stages:
             for tag, size in (kept[stage].stays | kept[stage].leaves).items():
                 tags[tag] = tags.get(tag, 0.0) + size
-        waiting = max(_waiting(setting, run, stage, rank) for stage in stages)
         flying = _flying(config, setting, run, rank)
-        moving = held.device + waiting + flying
+        moving = held.device + held.gradients + flying
         ranks.append(
             RankMemory(
                 rank=rank,
@@ -130,7 +129,7 @@ def rank_memory(
                 gradients=fixed.gradients,
                 optimizer=fixed.optimizer,
                 activations=held.device,
-                weight_gradients=waiting,
+                weight_gradients=held.gradients,
                 communication=flying,
                 reserved=hardware.reserved_bytes,
                 fragmentation=hardware.fragmentation * moving,
@@ -140,14 +139,6 @@ def rank_memory(
             )
         )
     return ranks
-
-
-def _waiting(setting: Setting, run: RunSchedule, stage: int, rank: int) -> float:
-    """Of a stage where a W follows its I, else of one layer: its own are done as it goes."""
-    whole = gradients_until_w(setting, run.layers[stage])
-    row = run.schedule.ranks[rank]
-    split = any(leaf.kind is Kind.W for node in row for leaf in leaves(node))
-    return whole if split else whole / len(run.layers[stage])
 
 
 def _flying(config: Config, setting: Setting, run: RunSchedule, rank: int) -> float:

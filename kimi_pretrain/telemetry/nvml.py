@@ -123,6 +123,7 @@ class Gpu:
         try:
             told = {name: self._value(ask) for name, ask in asked.items()}
             told["nvlinks_active"], told["nvlinks"] = self._links()
+            told["nvlink_bytes_per_second"] = self._link_speed()
         except nvml.NVMLError as error:
             raise NoNvml(f"the driver cannot describe a GPU: {error}") from error
         return told | self.read()
@@ -135,6 +136,15 @@ class Gpu:
         ]
         present = [state for state in states if state is not None]
         return sum(bool(state) for state in present), len(present)
+
+    def _link_speed(self) -> float | None:
+        """Of one NVLink that is up, one way."""
+        nvml = self._nvml
+        field = nvml.NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON
+        answers = self._value(partial(nvml.nvmlDeviceGetFieldValues, self._handle, [field]))
+        if not answers or answers[0].nvmlReturn != nvml.NVML_SUCCESS:
+            return None
+        return float(answers[0].value.uiVal) * 1e6
 
     def _value(self, ask: Callable[[], Any]) -> Any:
         """What the driver says, None where the card or the user's rights do not offer it."""

@@ -88,6 +88,13 @@ def test_the_same_layout_goes_on_bitwise(tmp_path: Path, uninterrupted: Path, ha
         assert (run_dir / last / name).read_bytes() == (uninterrupted / last / name).read_bytes()
 
 
+def test_a_checkpoint_is_told_with_the_step_after_it(uninterrupted: Path) -> None:
+    """Catches a checkpoint that holds up a run unseen, and one counted in a step's own time."""
+    lines = (uninterrupted / "metrics.jsonl").read_text().splitlines()
+    told = {row["step"]: row["checkpoint_seconds"] for row in map(json.loads, lines)}
+    assert [step for step, seconds in told.items() if seconds > 0] == [HALF + 1]
+
+
 def lose_rank_3(rank: int, world_size: int, run_dir: str) -> str:
     """Rank 3 dies with half of its second checkpoint to write; what the others raise."""
     import kimi_pretrain.checkpoint.writer as writer

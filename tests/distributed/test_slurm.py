@@ -84,31 +84,18 @@ def _wait(slurm: Slurm, number: str, state: str, run_dir: Path) -> None:
     wait_until(here, 150, lambda: f"{slurm.job(number)}\n{_log(run_dir)}")
 
 
-@pytest.fixture(scope="module")
-def whole(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of a job that nothing disturbed; its name has what needs quoting."""
-    run_dir = tmp_path_factory.mktemp("slurm") / "a run"
-    number = _submit(slurm, run_dir)
-    _wait(slurm, number, "COMPLETED", run_dir)
-    return run_dir
-
-
-def test_a_job_of_two_nodes_trains_to_the_end(whole: Path) -> None:
-    """Catches a script that Slurm or its nodes read otherwise than it was meant, nodes that do
-    not meet, and a rank without a log."""
-    assert [row["step"] for row in _rows(whole)] == list(range(1, STEPS + 1))
-    assert (whole / "summary.json").exists()
-    logs = [path.relative_to(whole).parts for path in whole.glob("logs/*.0/*/*/*/*/stderr.log")]
-    ranks = [(node, rank) for node in ("n0", "n1") for rank in ("0", "1")]
-    assert sorted((parts[2], parts[5]) for parts in logs) == ranks
-    assert "step" in _log(whole)
-
-
-def test_before_the_time_limit_a_job_checkpoints_and_goes_back_into_the_queue(
-    slurm: Slurm, whole: Path, tmp_path: Path
+def test_a_job_that_is_stopped_before_its_time_limit_ends_as_one_that_is_not(
+    slurm: Slurm, tmp_path: Path
 ) -> None:
-    """Catches ranks killed by the signal, a job that ends there, and a resume that is another
-    run: rows and every number must be those of the undisturbed one."""
+    """Catches a script that Slurm or its nodes read otherwise than it was meant, nodes that do
+    not meet, ranks killed by the signal, a job that ends there, and a resume that is another
+    run: rows and every number must be those of the job that nothing disturbed."""
+    whole = tmp_path / "a whole run"
+    number = _submit(slurm, whole)
+    _wait(slurm, number, "COMPLETED", whole)
+    assert [row["step"] for row in _rows(whole)] == list(range(1, STEPS + 1))
+    _a_log_for_every_rank(whole)
+
     run_dir = tmp_path / "run"
     number = _submit(slurm, run_dir)
     wait_until(lambda: len(_rows(run_dir)) >= 2, 120, lambda: _log(run_dir))
@@ -123,8 +110,15 @@ def test_before_the_time_limit_a_job_checkpoints_and_goes_back_into_the_queue(
     time.sleep(2)  # credentials of the second in which the job was ended are void
     slurm.ask("scontrol", "update", f"JobId={number}", "StartTime=now")  # else in two minutes
     _wait(slurm, number, "COMPLETED", run_dir)
-    assert "ended with code 75 and goes back into the queue" in _log(run_dir)
+    assert f"job {number}.0 ended with code 75 and goes back into the queue" in _log(run_dir)
     assert _rows(run_dir) == _rows(whole)
+
+
+def _a_log_for_every_rank(run_dir: Path) -> None:
+    logs = [path.relative_to(run_dir).parts for path in run_dir.glob("logs/*.0/*/*/*/*/stderr.log")]
+    ranks = [(node, rank) for node in ("n0", "n1") for rank in ("0", "1")]
+    assert sorted((parts[2], parts[5]) for parts in logs) == ranks
+    assert "loss" in _log(run_dir)
 
 
 def test_a_second_launch_into_a_run_directory_is_refused(slurm: Slurm, tmp_path: Path) -> None:
@@ -153,3 +147,29 @@ def test_what_cannot_run_is_one_line(
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert says.lower() in done.stderr.lower()
     assert slurm.ask("squeue", "--noheader") == ""
+
+
+@pytest.mark.slow
+def test_hydras_own_launcher_sweeps_on_slurm(slurm: Slurm, tmp_path: Path) -> None:
+    """Catches a job function that submitit cannot carry to a node, and jobs that share a folder."""
+    pytest.importorskip(
+        "hydra_plugins.hydra_submitit_launcher",
+        reason="no hydra-submitit-launcher: `make test-slurm`",
+    )
+    sweep = (
+        *("-m", "hydra/launcher=submitit_slurm", "hydra.launcher.mem_gb=null"),
+        *("hydra.launcher.timeout_min=5", f"hydra.sweep.dir={tmp_path}/sweep", "seed=0,1"),
+        *("experiment=smoke", "schedule.max_steps=2", "schedule.sample_tokens=0"),
+        *("schedule.bigram_baseline=false", "logging.report=false"),
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "kimi_pretrain", "train", *sweep],
+        cwd=ROOT,
+        env=slurm.variables,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [len(_rows(tmp_path / "sweep" / job)) for job in ("0", "1")] == [2, 2]

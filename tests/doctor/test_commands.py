@@ -71,6 +71,12 @@ def test_several_ranks_are_started_with_the_same_command_line() -> None:
     assert started == [(argv, 16)]
 
 
+def test_a_cluster_s_ranks_are_not_started_on_one_host() -> None:
+    """Catches a login node on which somebody examines a preset of 2,048 ranks."""
+    with pytest.raises(ConfigError, match=r"got 2048; .*-m kimi_pretrain\.doctor"):
+        main(["experiment=k2_1t_h800_2048"], never)
+
+
 @pytest.mark.parametrize(
     "argv", [["--often"], ["modle=k2"], ["--report", "/nowhere/doctor.txt"]], ids=" ".join
 )

@@ -25,7 +25,7 @@ def eight() -> list[FakeGpu]:
 def test_a_good_node_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an alarm at the power cap, where GPUs at work are."""
     (only,) = found(monkeypatch, eight())
-    assert (only.level, only.text) == (OK, "8 x NVIDIA H800, 8 NVLinks each, all up")
+    assert (only.level, only.text) == (OK, "8 x NVIDIA H800, 8 NVLinks of 26.6 GB/s each, all up")
 
 
 def test_each_thing_that_is_wrong_is_named_with_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

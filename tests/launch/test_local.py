@@ -92,6 +92,28 @@ def test_a_killed_rank_is_named_and_nothing_stays(tmp_path: Path) -> None:
     assert not first.exists() or not _alive(int(first.read_text()))
 
 
+def test_a_kill_that_torchrun_restarts_from_is_named(tmp_path: Path) -> None:
+    """Catches a run that restarts again and again and never says which rank was lost."""
+    options = "['--standalone', '--nproc-per-node=2', '--max-restarts=1', '--local-addr=127.0.0.1']"
+    program = (
+        "import sys; from kimi_pretrain.launch.torchrun import run_ranks;"
+        f"sys.exit(run_ranks('tests.launch.program', ['killed', {str(tmp_path)!r}], {options}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    line = "kimi-pretrain: 127.0.0.1: local rank 1 was killed by SIGKILL\n"
+    assert done.returncode == 4
+    assert done.stderr == 2 * line + (
+        "kimi-pretrain: rank 1 was killed by SIGKILL (out of memory?); the run has ended\n"
+    )
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_every_rank(number: signal.Signals, tmp_path: Path) -> None:
     """Catches ranks killed before their checkpoint, and one that hears nothing."""

@@ -76,13 +76,23 @@ def _gradients(model: CausalLM) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("at_experts", [False, True])
+@pytest.mark.parametrize(
+    ("at_experts", "vocabulary"),
+    [(False, 61), (True, 61), (False, 2**17)],
+    ids=["", "at experts", "cut head"],
+)
 @pytest.mark.parametrize("tags", [RECOMPUTE, OFFLOAD, EXACT_K2], ids=["again", "host", "k2"])
 def test_gradients_are_the_same_bits(
-    tiny: TinyConfig, tags: Mapping[str, str], at_experts: bool, dtype: torch.dtype
+    tiny: TinyConfig,
+    tags: Mapping[str, str],
+    at_experts: bool,
+    vocabulary: int,
+    dtype: torch.dtype,
 ) -> None:
-    """Catches a chain that computes something else again, or a copy that is not awaited."""
-    model = from_config(tiny(), dtype=dtype, dispatcher=LocalDispatcher(at_experts))
+    """Catches a chain that computes something else again, a copy that is not awaited, and a head
+    that keeps, of a vocabulary that it cuts, what no tag names."""
+    config = tiny(vocab_size=vocabulary)
+    model = from_config(config, dtype=dtype, dispatcher=LocalDispatcher(at_experts))
     plain = Run(model, Activations.kept(), at_experts)
     plain.backward()
     want = _gradients(model)

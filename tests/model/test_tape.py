@@ -9,12 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from kimi_pretrain.activation.saved import Activations, Saved
 from kimi_pretrain.config.schema import ModelConfig
 from kimi_pretrain.model.build import from_config
 from kimi_pretrain.model.causal_lm import CausalLM
 from kimi_pretrain.model.microbatch import Microbatch
 from kimi_pretrain.model.record import StepRecord
-from kimi_pretrain.model.tape import ChunkTape, Steps, backward_steps, forward_steps, straight
+from kimi_pretrain.model.tape import (
+    ChunkTape,
+    Steps,
+    _run,
+    backward_steps,
+    forward_steps,
+    straight,
+)
 from kimi_pretrain.parallel.dispatch import Arrived, DispatchPlan, Flight, LocalDispatcher
 
 TinyConfig = Callable[..., ModelConfig]
@@ -112,3 +120,13 @@ def test_a_moe_layer_stops_twice_each_way(tiny: TinyConfig) -> None:
     backward = backward_steps(tapes[0], torch.ones((), dtype=torch.float64), dispatcher)
     assert _flights(backward) == ["combine", "dispatch"] * moe
     assert tapes[0].layers == []
+
+
+def test_a_spent_graph_lets_its_gradients_go() -> None:
+    """Catches a layer's gradients that stay, 0.5 GB of K2's, as long as its weights wait for W."""
+    x = torch.randn(3, 4)
+    graph, _ = _run(Saved(Activations.kept()), lambda x: (x * 2.0,), x)
+    kept = graph._found  # as what a deferred product saved does, through the graph's beginning
+    (grad,) = graph.backward(torch.ones(3, 4))
+    assert torch.equal(grad, torch.full((3, 4), 2.0))  # type: ignore[arg-type]
+    assert kept == []

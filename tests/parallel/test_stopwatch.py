@@ -100,6 +100,16 @@ def test_a_step_knows_nothing_of_what_came_before(clock: Clock) -> None:
     assert not watch._waits
 
 
+def test_between_steps_no_moment_is_taken() -> None:
+    """Catches events made for every wait of an evaluation, and on a device that has none."""
+
+    def clock() -> float:
+        raise AssertionError("asked for the time")
+
+    with Stopwatch(CPU, clock).waiting("ep"), Stopwatch(torch.device("meta")).waiting("ep"):
+        pass
+
+
 def test_a_failed_wait_still_counts(clock: Clock) -> None:
     """Catches a measured step in which the exception of a lost peer is swallowed."""
     watch = Stopwatch(CPU, clock)

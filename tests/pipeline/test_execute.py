@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 import kimi_pretrain.pipeline.execute as executing
+from kimi_pretrain.activation.offload import Offloader
+from kimi_pretrain.activation.saved import Activations
+from kimi_pretrain.config.activation import TAGS, policies
+from kimi_pretrain.config.schema import ActivationConfig
 from kimi_pretrain.model.layer import Layer
 from kimi_pretrain.model.rank_model import RankModel
 from kimi_pretrain.parallel.collectives import Group
@@ -23,10 +27,11 @@ from kimi_pretrain.parallel.dispatch import (
     Rows,
 )
 from kimi_pretrain.parallel.errors import PeerError
-from kimi_pretrain.pipeline.actions import Action, Kind, Schedule
+from kimi_pretrain.pipeline.actions import Action, Kind, Schedule, leaves
 from kimi_pretrain.pipeline.execute import Executor, Work
-from kimi_pretrain.pipeline.passes import insert_p2p
+from kimi_pretrain.pipeline.passes import insert_offload, insert_p2p, insert_recompute
 from kimi_pretrain.pipeline.schedules import generate
+from kimi_pretrain.pipeline.timeline import COPY
 from tests.pipeline import handmade
 from tests.pipeline.one_rank import (
     LENGTHS,
@@ -65,6 +70,7 @@ def execute(
     observe: Callable[..., None] | None = None,
     config: Any = CONFIG,
     prepare: Callable[[RankModel], None] = lambda model: None,
+    activations: Activations | None = None,
 ) -> tuple[Any, Tensor, Any]:
     """The rank's model after its part of a step, the losses' sum, and what was observed."""
     dispatcher, group = dispatcher or LocalDispatcher(), group or StandIn()
@@ -73,7 +79,8 @@ def execute(
     prepare(model)
     rows, losses = batches(config)[: schedule.microbatches], []
     seen = record(config, len(rows))
-    executor = Executor(schedule, model, dispatcher, cast(Group, group), observe)
+    group_ = cast(Group, group)
+    executor = Executor(schedule, model, dispatcher, group_, observe, activations)
     executor.run(Work(rows, seen, labels_in(rows), lambda loss: losses.append(loss.clone())))
     (loss,) = losses
     return model, loss, seen
@@ -99,6 +106,40 @@ def test_any_schedule_computes_what_one_graph_does(name: str, vpp: int) -> None:
     torch.testing.assert_close(seen.max_logits, wanted.max_logits, rtol=1e-9, atol=0.0)
     torch.testing.assert_close(seen.aux_loss, wanted.aux_loss, rtol=1e-9, atol=0.0)
     assert seen.tokens == wanted.tokens
+
+
+# What can be computed again is, the rest leaves for the host.
+AGAIN_OR_AWAY = {
+    tag: "recompute" if "recompute" in allowed else "offload" for tag, allowed in TAGS.items()
+}
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize(("name", "vpp"), SCHEDULES)
+def test_activations_that_were_away_give_the_same_bits(name: str, vpp: int, ahead: bool) -> None:
+    """Catches what is computed again from another microbatch, and what is still on the host."""
+    plain_model, want, _ = execute(alone(name, vpp))
+    schedule = insert_offload(alone(name, vpp))
+    schedule = insert_recompute(schedule) if ahead else schedule
+    offloader = Offloader(torch.device("cpu"), 2**24)
+    chosen = policies(ActivationConfig("custom", AGAIN_OR_AWAY))
+    seen: list[tuple[str, str]] = []
+
+    def observe(node: str, resource: str, name: str, start: float, end: float) -> None:
+        seen.append((resource, name))
+
+    model, loss, _ = execute(schedule, observe=observe, activations=Activations(chosen, offloader))
+    assert torch.equal(loss, want)
+    expected = dict(plain_model.named_parameters())
+    for n, parameter in model.named_parameters():
+        assert torch.equal(parameter.main_grad, expected[n].main_grad), n
+    kinds = [leaf.kind for row in schedule.ranks for node in row for leaf in leaves(node)]
+    assert offloader.moved.out > 0 or Kind.OFFLOAD not in kinds
+    assert offloader.slab.spans.used == 0
+    copies = [name for resource, name in seen if resource == COPY]
+    again = [name for _, name in seen if name.endswith(" again")]
+    assert len(copies) >= kinds.count(Kind.PREFETCH)
+    assert len(again) == kinds.count(Kind.RECOMPUTE)
 
 
 @pytest.mark.parametrize(("name", "vpp"), SCHEDULES)

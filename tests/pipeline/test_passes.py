@@ -1,6 +1,7 @@
 """Passes: what they add, where, and what they leave alone."""
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from kimi_pretrain.pipeline.errors import ScheduleError
 from kimi_pretrain.pipeline.passes import (
     insert_offload,
     insert_p2p,
+    insert_recompute,
     overlap_expert_comm,
     split_weight_grad,
 )
@@ -302,3 +304,29 @@ def test_offload_runs_once() -> None:
     """Catches two copies of the same activations."""
     with pytest.raises(ScheduleError, match="rank 0, position 1: got '0OFFLOAD0'"):
         insert_offload(insert_offload(gpipe(1, 1, 4)))
+
+
+def test_a_recomputation_stands_before_its_backward() -> None:
+    """Catches one after the backward it is for, inside a pair, or twice."""
+    assert insert_recompute(one_f_one_b(1, 1, 2)).to_text() == [
+        "0F0,0RECOMPUTE0,0B0,0F1,0RECOMPUTE1,0B1"
+    ]
+    schedule = insert_recompute(insert_offload(insert_p2p(k2(4, 2, 8))))
+    verify(schedule)
+    for row in schedule.ranks:
+        for before, node in pairwise(row):
+            backward = [leaf for leaf in leaves(node) if leaf.kind in (Kind.I, Kind.B)]
+            for leaf in backward:
+                assert before == Action(Kind.RECOMPUTE, leaf.stage, leaf.microbatch)
+    with pytest.raises(ScheduleError, match="insert_recompute runs once"):
+        insert_recompute(schedule)
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["0RECOMPUTE0,0F0,0B0", "0F0,0B0,0RECOMPUTE0", "0F0,0OFFLOAD0,0RECOMPUTE0,0PREFETCH0,0B0"],
+)
+def test_a_recomputation_needs_what_it_starts_from(row: str) -> None:
+    """Catches a recomputation before its forward, after its backward, or from what is away."""
+    with pytest.raises(ScheduleError):
+        verify(Schedule.from_text([row]))

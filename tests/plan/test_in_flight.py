@@ -92,3 +92,15 @@ def test_what_leaves_and_comes_back_along_a_row() -> None:
     ]
     rows = insert_recompute(generate("k2", 1, 1, 3)).to_text()
     assert rows[0].count("RECOMPUTE") == 3
+
+
+def test_weight_gradients_that_wait_add_up() -> None:
+    """Catches schedules that put several W off planned with the gradients of one."""
+    kept = Kept({"x": 6.0}, {}, {}, (Segment(6.0, 1.0),), until_w=4.0, layers=2)
+    for row, most in (("0F0,0F1,0I0,0I1,0W0,0W1", 8.0), ("0F0,0I0,0W0,0F1,0B1", 4.0)):
+        moments = held_along(Schedule.from_text([row]), 0, [kept])
+        assert max(moment.gradients for moment in moments) == most
+    whole = held_along(Schedule.from_text(["0F0,0B0"]), 0, [kept])
+    assert whole[1].gradients == 2.0
+    fullest = most_held(Schedule.from_text(["0F0,0I0,0F1,0I1,0W0,0W1"]), 0, [kept])
+    assert (fullest.device, fullest.gradients) == (7.0, 8.0)

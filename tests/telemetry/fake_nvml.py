@@ -52,6 +52,7 @@ def install(
     module.NVML_TEMPERATURE_GPU, module.NVML_CLOCK_SM = 0, 1
     module.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, module.NVML_VOLATILE_ECC = 1, 0
     module.NVML_NVLINK_MAX_LINKS = 18
+    module.NVML_SUCCESS, module.NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON = 0, 90
 
     def init() -> None:
         if driver is None:
@@ -84,6 +85,9 @@ def install(
         "nvmlDeviceGetCurrentClocksThrottleReasons": lambda gpu: gpu.reasons,
         "nvmlDeviceGetTotalEccErrors": lambda gpu, kind, counter: gpu.ecc,
         "nvmlDeviceGetNvLinkState": link_state,
+        "nvmlDeviceGetFieldValues": lambda gpu, fields: [
+            SimpleNamespace(nvmlReturn=0, value=SimpleNamespace(uiVal=26562))
+        ],
     }
 
     def answering(name: str, answer: Any) -> Any:

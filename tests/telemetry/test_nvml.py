@@ -86,6 +86,14 @@ def test_a_card_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (told["nvlinks_active"], told["nvlinks"]) == (3, 4)
     assert (told["name"], told["memory_bytes"]) == ("NVIDIA H800", 80 << 30)
     assert told["max_sm_clock_hertz"] == 1.98e9
+    assert told["nvlink_bytes_per_second"] == 26562e6
+
+
+def test_a_card_without_nvlink_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a PCIe card that cannot be examined."""
+    install(monkeypatch, [FakeGpu(links=(), unsupported={"nvmlDeviceGetFieldValues"})])
+    told = Gpu.all()[0].describe()
+    assert (told["nvlinks"], told["nvlink_bytes_per_second"]) == (0, None)
 
 
 def test_no_driver_and_no_package_are_two_things(monkeypatch: pytest.MonkeyPatch) -> None:

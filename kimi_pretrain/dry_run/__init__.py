@@ -1,0 +1,1 @@
+"""A rank of the real program, run without memory and without peers."""

@@ -1,0 +1,104 @@
+"""One node of several: its options, its port, and what ranks leave for it."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.launch.node import Node, main, parse, require_free_port
+from kimi_pretrain.launch.rank import EXITS, IDS, RANKS_DIR, report_as_rank, settle, settled_code
+
+NODE = Node(
+    nodes=2,
+    ranks=8,
+    address="10.0.0.1",
+    port=29400,
+    run_id="7.0",
+    max_restarts=3,
+    logs="/runs/a b/logs",
+    name="10.0.0.2",
+    number=1,
+    watch=True,
+)
+
+
+def test_a_node_reads_what_a_launcher_writes() -> None:
+    """Catches an option that only one side knows, and a `--` among the ranks' own words."""
+    assert parse([*NODE.arguments(), "--", "a=1", "--", "b"]) == (NODE, ["a=1", "--", "b"])
+
+
+def test_only_the_first_node_holds_the_rendezvous() -> None:
+    """Catches nodes that each wait at a rendezvous of their own."""
+    first, other = NODE.torchrun(True, "n0"), NODE.torchrun(False, "n1")
+    assert "--rdzv-conf=is_host=1" in first
+    assert "--rdzv-conf=is_host=0" in other
+    assert "--local-addr=10.0.0.2" in other
+    assert [word for word in first if "log-dir" in word] == ["--log-dir=/runs/a b/logs/n0"]
+
+
+def test_a_taken_port_is_named_before_torchrun_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches nodes that join a stranger; the fix must be a port that is free."""
+    with socket.create_server(("", 0)) as stranger:
+        port = stranger.getsockname()[1]
+        with pytest.raises(ConfigError) as error:
+            require_free_port(port)
+        require_free_port(int(error.value.fix.split("=")[1].split(",")[0]))
+        words = [f"--logs={tmp_path}", "--nodes=1", "--ranks=1", "--address=a", "--number=0"]
+        more = [f"--port={port}", "--run-id=1", "--max-restarts=0", "--name=here"]
+        assert main([*words, *more, "--"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"kimi-pretrain: here: launcher.port: got {port}; ")
+    assert err.count("\n") == 1
+
+
+def test_a_log_folder_that_cannot_be_made_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a node without the shared file system that shows a traceback."""
+    words = ["--logs=/proc/none", "--nodes=1", "--ranks=1", "--address=a", "--number=1"]
+    assert main([*words, "--port=29400", "--run-id=1", "--max-restarts=0", "--name=n1", "--"]) == 2
+    assert "n1: run_dir: got '/proc/none'; every node writes" in capsys.readouterr().err
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in (IDS, EXITS):
+        (tmp_path / name).mkdir()
+    variables = {RANKS_DIR: str(tmp_path), "LOCAL_RANK": "1", "RANK": "9"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "ends"),
+    [(0, 0, 0), (75, 0, 0), (3, 0, 0), (2, 0, 0), (4, 0, 4), (1, 0, 1), (75, 3, 75)],
+)
+def test_torchrun_restarts_only_ranks_that_were_lost(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, code: int, restarts: int, ends: int
+) -> None:
+    """Catches a run that starts again after it was told to stop, or after a guard."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+    assert settle(code) == ends
+    assert settled_code(folder) == (code if ends != code else None)
+
+
+def test_under_a_torchrun_of_ones_own_the_code_is_the_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches a refusal that ends with 0 because nobody reads what was left."""
+    monkeypatch.delenv(RANKS_DIR, raising=False)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    report_as_rank()
+    assert settle(2) == 2
+
+
+def test_a_restarted_rank_forgets_how_the_last_one_ended(folder: Path) -> None:
+    """Catches a run that ended well and is said to have been refused."""
+    (folder / EXITS / "1").write_text("2")
+    report_as_rank()
+    assert settled_code(folder) is None
+    assert (folder / IDS / "1").read_text() == str(os.getpid())
