@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kimi_pretrain.activation.saved import Activations
-from kimi_pretrain.config.schema import ModelConfig
+from kimi_pretrain.config.activation import TAGS, policies
+from kimi_pretrain.config.schema import ActivationConfig, ModelConfig
 from kimi_pretrain.model.build import from_config
 from kimi_pretrain.model.causal_lm import CausalLM
 from kimi_pretrain.model.microbatch import Microbatch
@@ -17,6 +18,7 @@ from kimi_pretrain.model.tape import ChunkTape, backward_steps, forward_steps, s
 from kimi_pretrain.ops.kernels import REFERENCE, Kernels
 from kimi_pretrain.ops.native import library
 from kimi_pretrain.ops.registry import kernels_for
+from kimi_pretrain.parallel.dispatch import LocalDispatcher
 
 TinyConfig = Callable[..., ModelConfig]
 LENGTH = 17
@@ -41,7 +43,9 @@ def model_of(cfg: ModelConfig, dtype: torch.dtype, kernels: Kernels) -> CausalLM
     return model
 
 
-def run(model: CausalLM) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+def run(
+    model: CausalLM, activations: Activations | None = None
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Loss, main gradients and logit maxima of one microbatch, phase by phase, tags watched."""
     torch.manual_seed(0)
     tokens, labels = torch.randint(model.config.vocab_size, (2, 2, LENGTH))
@@ -57,7 +61,7 @@ def run(model: CausalLM) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         return value
 
     ways = (model, tokens, microbatch, model.dispatcher, tapes.append, loss_of)
-    loss = straight(forward_steps(*ways, Activations.kept()))
+    loss = straight(forward_steps(*ways, activations or Activations.kept()))
     straight(backward_steps(tapes[0], torch.ones_like(loss), model.dispatcher))
     gradients = {n: p.main_grad.double() for n, p in model.named_parameters()}
     return loss.double(), gradients, record.max_logits
@@ -105,6 +109,24 @@ def test_native_is_as_close_to_fp64_as_plain_torch(tiny: TinyConfig, dtype: torc
         ratios.append((mine + slack) / (theirs + slack))
         assert ratios[-1] <= 3, f"{name}: {mine:.2e}, plain torch {theirs:.2e}"
     assert sum(ratios) / len(ratios) <= 1.2, ratios  # roundings differ; on average they do not
+
+
+@pytest.mark.parametrize("at_experts", [False, True])
+def test_native_recomputed_equals_native_kept(tiny: TinyConfig, at_experts: bool) -> None:
+    """Catches a kernel that saves its own copy of what is to be computed again, or whose second
+    result is not its first."""
+    if library.missing() is not None:
+        pytest.skip(f"no native kernels: {library.missing()}")
+    kernels = kernels_for("native", "cpu", torch.bfloat16)
+    again = {tag: "recompute" for tag, allowed in TAGS.items() if "recompute" in allowed}
+    results = []
+    for activations in (None, Activations(policies(ActivationConfig("custom", again)))):
+        model = model_of(config(tiny), torch.bfloat16, kernels)
+        model.dispatcher = LocalDispatcher(at_experts, kernels)
+        loss, gradients, maxima = run(model, activations)
+        results.append([loss, maxima, *gradients.values()])
+    for kept, recomputed in zip(*results, strict=True):
+        assert torch.equal(kept, recomputed)
 
 
 def test_fp64_is_plain_torch_whatever_is_built() -> None:
