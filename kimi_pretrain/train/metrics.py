@@ -47,7 +47,14 @@ def step_row(
         **part_fields(parts),
         "checkpoint_seconds": checkpoint_seconds,
         "goodput": goodput,
+        **_moved_fields(result),
     }
+
+
+def _moved_fields(result: StepResult) -> dict[str, int]:
+    if result.moved is None:
+        return {}
+    return {"offloaded_bytes": result.moved.out, "not_offloaded_bytes": result.moved.stayed}
 
 
 def layers_row(step: int, record: StepRecord, tau: float | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kimi_pretrain.activation.offload import Moved
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.data.batches import Batch
@@ -35,6 +36,7 @@ class StepResult:
     grad_norm: float  # global, before clipping
     record: StepRecord
     stop: bool  # some rank was asked to stop before the step's last backward
+    moved: Moved | None = None  # this rank's activations to the host and back; None: none may
 
 
 def to_device(batch: Batch, rows: slice, device: torch.device) -> DeviceBatch:
@@ -101,6 +103,9 @@ class TrainStep:
             PeerError: another rank failed or did not answer in time; says in what.
         """
         self.stopwatch.enter("compute")
+        offloader = self.executor.activations.offloader
+        if offloader is not None:
+            offloader.moved = Moved()
         observations = self._accumulate(batch, stop)
         optimizer = self.optimizer
         with during(f"reducing the gradients of step {step}"):
@@ -117,7 +122,8 @@ class TrainStep:
             optimizer.observe_max_logits(record.max_logits, record.exact)
             optimizer.step(learning_rate)
         self.model.update_router_bias(record, self.config.optimizer.router_bias_rate)
-        return StepResult(loss=loss, grad_norm=norm, record=record, stop=stops)
+        moved = None if offloader is None else offloader.moved
+        return StepResult(loss=loss, grad_norm=norm, record=record, stop=stops, moved=moved)
 
     def empty_record(self, sequences: int) -> StepRecord:
         """What a step observes of ``sequences``, this replica's part, before its first forward."""

@@ -7,7 +7,7 @@ import pytest
 from kimi_pretrain.config import compose
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config
-from kimi_pretrain.pipeline.passes import insert_offload
+from kimi_pretrain.pipeline.passes import insert_offload, insert_recompute
 from kimi_pretrain.pipeline.schedules import interleaved_1f1b, k2
 from kimi_pretrain.train.schedule import stages_of, training_schedule
 
@@ -40,9 +40,10 @@ def test_a_file_is_a_schedule_like_any_other(tmp_path: Path) -> None:
         (lambda rows: [rows[0], rows[1].replace("1F0,", "")], "1F0"),
         (lambda rows: ["nonsense", rows[1]], "nonsense"),
         (lambda rows: interleaved_1f1b(2, 2, 2).to_text(), "microbatches"),
-        (lambda rows: insert_offload(interleaved_1f1b(2, 2, 4)).to_text(), "rank 0, position 1:"),
+        (lambda rows: insert_offload(interleaved_1f1b(2, 2, 4)).to_text(), "activation.policy=k2"),
+        (lambda rows: insert_recompute(interleaved_1f1b(2, 2, 4)).to_text(), "computed again"),
     ],
-    ids=["twice", "missing", "unreadable", "another shape", "what is not executed yet"],
+    ids=["twice", "missing", "unreadable", "another shape", "nothing leaves", "nothing is remade"],
 )
 def test_a_file_that_cannot_run_is_one_line(tmp_path: Path, change: object, message: str) -> None:
     """Catches a hang, hours later, of a schedule that was never checked."""
@@ -68,3 +69,19 @@ def test_an_absent_file_and_too_many_stages_are_refused() -> None:
 def test_stages_follow_the_split() -> None:
     config = _config("parallel.pp=2", "parallel.vpp=2", "parallel.schedule=k2")
     assert stages_of(config) == [range(1), range(1, 2), range(2, 3), range(3, 4)]
+
+
+def test_a_policy_that_offloads_puts_the_copies_in(tmp_path: Path) -> None:
+    """Catches a run that keeps on the device what its plan moves, or moves it twice."""
+    overrides = ["parallel.pp=2", "parallel.vpp=2", "activation=k2"]
+    made = training_schedule(_config(*overrides, "parallel.schedule=k2"))
+    text = "\n".join(made.to_text())
+    assert "OFFLOAD" in text
+    assert "PREFETCH" in text
+    assert "OFFLOAD" not in "".join(
+        training_schedule(_config(*overrides[:2], "parallel.schedule=k2")).to_text()
+    )
+    file = tmp_path / "rows"
+    file.write_text(text)
+    again = training_schedule(_config(*overrides, f"parallel.schedule_file={file}"))
+    assert again.digest() == made.digest()

@@ -1,0 +1,49 @@
+"""From a configuration to how a rank keeps its activations."""
+
+import pytest
+import torch
+
+from kimi_pretrain.activation.saved import Activations
+from kimi_pretrain.config import compose
+from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.config.schema import Config
+from kimi_pretrain.train.activations import open_activations
+from kimi_pretrain.train.schedule import stages_of, training_schedule
+
+CPU = torch.device("cpu")
+
+
+def configured(*overrides: str) -> Config:
+    pipeline = ["parallel.pp=2", "parallel.vpp=2", "parallel.schedule=k2"]
+    return compose(["experiment=smoke", "run_dir=unused", *pipeline, *overrides])
+
+
+def opened(config: Config, rank: int = 0, dtype: torch.dtype = torch.bfloat16) -> Activations:
+    return open_activations(config, training_schedule(config), stages_of(config), rank, dtype, CPU)
+
+
+def room(activations: Activations) -> int:
+    assert activations.offloader is not None
+    return activations.offloader.slab.spans.capacity
+
+
+def test_room_on_the_host_is_the_plans() -> None:
+    """Catches a slab that is the same for every rank and dtype, or that a user cannot set."""
+    config = configured("activation=k2")
+    assert room(opened(config, 0)) != room(opened(config, 1))
+    assert min(room(opened(config, rank)) for rank in (0, 1)) > 0
+    assert room(opened(config, 0, torch.float32)) == pytest.approx(2 * room(opened(config)), abs=2)
+    assert room(opened(configured("activation=k2", "activation.host_bytes=1000"))) == 1000
+
+
+def test_without_offloads_there_is_no_engine() -> None:
+    """Catches a copy thread and a slab in a run that never uses them."""
+    assert opened(configured()).offloader is None
+    recompute = ["activation.policy=custom", "+activation.tags.norm_out=recompute"]
+    assert opened(configured(*recompute)).offloader is None
+
+
+def test_fp8_of_float64_is_refused_at_the_start() -> None:
+    """Catches a run that ends at its first expert."""
+    with pytest.raises(ConfigError, match="expert_up_in is FP8, and its tiles are cut from bf16"):
+        opened(configured("activation=k2"), dtype=torch.float64)
