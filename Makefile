@@ -20,7 +20,7 @@ CSRC      := $(shell find csrc -type f -not -name '*.pyc')
 HAS_TORCH := -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-slurm system lint format bench clean
+.PHONY: help train test test-slow test-slurm system lint format bench gpu-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -58,6 +58,9 @@ bench: $(VENV)/bench $(READERS)/made  ## every benchmark, each printing a ratio 
 	    wire_bytes zero1_deepspeed executor_overhead pipeline_bubble simulator_truth \
 	    hidden_communication native_kernels activation_memory watching_cost; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 	@$(READERS)/bin/python -m benchmarks.data_reading
+
+gpu-check: $(VENV)/dev  ## on a machine with a GPU: kernels, bandwidth, streams, NCCL; writes gpu-check.md
+	@$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 clean:  ## remove what building and testing left behind (runs/ stays)
 	rm -rf kimi_pretrain/ops/native/_kernels.so $(VENV) $(READERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

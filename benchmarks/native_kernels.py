@@ -3,28 +3,37 @@
     python -m benchmarks.native_kernels [--threads 1 2] [--rounds 15]
 
 Each op runs on 2,048 rows of 7,168 (SwiGLU: 2 x 2,048), K2's hidden and expert widths, larger
-than the caches. The two sides alternate in one process with the same number of threads; the side
-that begins changes each round. Peers are eager torch:
+than the caches but for the third level. All sides alternate in one process with the same number of
+threads; the side that begins changes each round. Peers are eager torch:
 
     quantise     amax of each 1x128 tile, division, `.to(float8_e4m3fn)`
     dequantise   `.to(float32)`, product with the scales, rounding to bf16
     SwiGLU       silu(gate) * up and its autograd
-    RMSNorm      torch.nn.functional.rms_norm and its autograd
+    RMSNorm      this project's plain torch, in fp32 (torch's own F.rms_norm is slower in bf16)
+    max logits   this project's plain torch: blocks of fp32 products, 16 heads of 1,024 tokens
 
-GB/s counts every byte of the inputs and outputs once, and memcpy's both ways likewise. All of
-them, memcpy too (`Tensor.clone`), write into new memory.
+GB/s counts every byte of the inputs and outputs once. Two copies of as many bytes stand beside it:
+torch's `copy_`, and the C library's memcpy, one call a thread, which stores past the caches. With
+one thread the clock is the process's CPU time, which others on the machine do not stretch by taking
+the core; with more it is the wall's. Neighbours still share caches and memory: the load average is
+printed.
 """
 
 import argparse
+import ctypes
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from benchmarks.report_lines import paired_ratio, print_header, spread
+from kimi_pretrain.ops.kernels import REFERENCE
 from kimi_pretrain.ops.registry import explain, select
 
 ROWS, HIDDEN, EXPERT = 2048, 7168, 2048
@@ -75,9 +84,12 @@ def cases() -> list[Case]:
     leaf, weight = x.clone().requires_grad_(), torch.ones(HIDDEN).bfloat16().requires_grad_()
     grad = torch.randn(ROWS, HIDDEN).bfloat16()
     norm = select("rms_norm", "native")
+    queries, keys = (torch.randn(1, 16, 1024, 192).bfloat16() for _ in range(2))
+    logits = (queries, keys, 0.07, None, torch.ones(16, dtype=torch.bool))
 
     def plain_norm() -> Tensor:
-        return torch.nn.functional.rms_norm(leaf, (HIDDEN,), weight, 1e-6)
+        normalised: Tensor = REFERENCE.rms_norm(leaf, weight, 1e-6)
+        return normalised
 
     return [
         Case("quantise", lambda: quantise(x), lambda: plain_quantise(x), x.nbytes + stored, 7, 0.6),
@@ -111,32 +123,53 @@ def cases() -> list[Case]:
             3 * x.nbytes,
             2,
         ),
+        Case(
+            "max logits",
+            lambda: select("max_logits", "native")(*logits),
+            lambda: REFERENCE.max_logits(*logits),
+            2 * queries.nbytes,
+            1,
+        ),
     ]
 
 
-def seconds(work: Callable[[], object]) -> float:
-    begun = time.perf_counter()
+def seconds(work: Callable[[], object], threads: int) -> float:
+    clock = time.process_time if threads == 1 else time.perf_counter
+    begun = clock()
     work()
-    return time.perf_counter() - begun
+    return clock() - begun
 
 
-def alternate(sides: list[Callable[[], object]], rounds: int) -> list[list[float]]:
+def alternate(sides: list[Callable[[], object]], rounds: int, threads: int) -> list[list[float]]:
     """Seconds of each side a round, after two rounds of warm-up."""
     times: list[list[float]] = [[] for _ in sides]
     for number in range(-2, rounds):
         order = list(range(len(sides)))
         for side in order if number % 2 else order[::-1]:
-            elapsed = seconds(sides[side])
+            elapsed = seconds(sides[side], threads)
             if number >= 0:
                 times[side].append(elapsed)
     return times
 
 
-def compare(case: Case, rounds: int) -> None:
-    source = torch.ones(case.moved // 2, dtype=torch.uint8)
-    ours, peer, memcpy = alternate([case.ours, case.peer, source.clone], rounds)
+def copies(moved: int, pool: ThreadPoolExecutor, threads: int) -> list[Callable[[], object]]:
+    """torch's copy and the C library's, of as many bytes as are moved in all."""
+    source = torch.ones(moved // 2, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    share = -(-source.nbytes // threads)
+
+    def memcpy(part: int) -> None:
+        at = part * share
+        size = min(share, source.nbytes - at)
+        ctypes.memmove(target.data_ptr() + at, source.data_ptr() + at, size)
+
+    return [lambda: target.copy_(source), lambda: list(pool.map(memcpy, range(threads)))]
+
+
+def compare(case: Case, rounds: int, pool: ThreadPoolExecutor, threads: int) -> None:
+    sides = [case.ours, case.peer, *copies(case.moved, pool, threads)]
+    ours, peer, copy, memcpy = alternate(sides, rounds, threads)
     ratio = statistics.median(peer) / statistics.median(ours)
-    share = statistics.median(memcpy) / statistics.median(ours)
     print(f"{case.name}")
     print(
         f"  ours    {spread([1e3 * t for t in ours])} ms, {case.moved / min(ours) / 1e9:.1f} GB/s"
@@ -144,8 +177,11 @@ def compare(case: Case, rounds: int) -> None:
     print(f"  torch   {spread([1e3 * t for t in peer])} ms")
     pairs = spread(paired_ratio(peer, ours))
     print(f"  ratio   {ratio:.2f}  pairs {pairs}, {verdict(ratio, case.times_peer)}")
-    bound = "" if case.of_memcpy is None else f", {verdict(share, case.of_memcpy)}"
-    print(f"  share of memcpy's bandwidth {share:.2f}{bound}", flush=True)
+    for name, other in (("torch's copy", copy), ("memcpy", memcpy)):
+        share = statistics.median(other) / statistics.median(ours)
+        bound = "" if case.of_memcpy is None else f", {verdict(share, case.of_memcpy)}"
+        print(f"  bandwidth of {name} {spread([1e3 * t for t in other])} ms: {share:.2f}{bound}")
+    sys.stdout.flush()
 
 
 def verdict(value: float, target: float) -> str:
@@ -159,11 +195,12 @@ def main() -> None:
     arguments = parser.parse_args()
     print_header(f"native kernels, bf16, {ROWS} rows of {HIDDEN} and {2 * EXPERT}", ["torch"])
     print(f"kernels: {', '.join(f'{op} {who}' for op, who in explain('native').items())}")
-    for threads in arguments.threads:
-        torch.set_num_threads(threads)
-        print(f"## threads: {threads}")
-        for case in cases():
-            compare(case, arguments.rounds)
+    with ThreadPoolExecutor() as pool:
+        for threads in arguments.threads:
+            torch.set_num_threads(threads)
+            print(f"## threads: {threads}, load average {os.getloadavg()[0]:.1f}")
+            for case in cases():
+                compare(case, arguments.rounds, pool, threads)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 // The schemas of all ops, and their CPU kernels.
 #include "fp8_tiles.h"
 #include "kimi/glue.h"
+#include "max_logits.h"
 #include "permute.h"
 #include "rms_norm.h"
 #include "swiglu.h"
@@ -27,6 +28,10 @@ struct Cpu {
 
   // Strips of rows whose sums are taken apart; the threads at hand do not change them.
   static int64_t strips(int64_t rows) { return std::min<int64_t>((rows + 31) / 32, 64); }
+
+  // Queries whose maximum is taken together: enough to pay for turning the keys over.
+  static constexpr int64_t kQueries = 256;
+  static int64_t logit_blocks(int64_t length) { return (length + kQueries - 1) / kQueries; }
 
   template <class T>
   static void quantise_tiles(const T* x, uint8_t* q, float* scale, int64_t rows, int64_t width,
@@ -131,6 +136,28 @@ struct Cpu {
     });
   }
 
+  template <class T>
+  static void max_logits(const T* q, const T* k, const int64_t* documents, const bool* chosen,
+                         float scale, float* partial, float* largest, int64_t sequences,
+                         int64_t heads, int64_t length, int64_t width, void*) {
+    const int64_t blocks = logit_blocks(length), size = length * width;
+    torch::stable::parallel_for(0, sequences * heads * blocks, 1, [=](int64_t begin, int64_t end) {
+      for (int64_t at = begin; at < end; at++) {
+        const int64_t pair = at / blocks, from = at % blocks * kQueries;
+        if (!chosen[pair % heads]) continue;
+        cpu::run<cpu::MaxLogits<T>>(
+            q + pair * size, k + pair * size,
+            documents ? documents + pair / heads * length : nullptr, scale, partial + at, from,
+            std::min(from + kQueries, length), width);
+      }
+    });
+    std::fill_n(largest, heads, -INFINITY);
+    for (int64_t at = 0; at < sequences * heads * blocks; at++) {
+      const int64_t head = at / blocks % heads;
+      if (chosen[head]) largest[head] = cpu::larger(largest[head], partial[at]);
+    }
+  }
+
  private:
   template <class Rows, class T>
   static void swiglu_rows(Rows source, T* y, int64_t rows, int64_t width) {
@@ -167,6 +194,8 @@ STABLE_TORCH_LIBRARY(kimi_pretrain, m) {
   m.def(
       "weighted_rows_backward(Tensor grad, Tensor rows, Tensor weights, Tensor order, "
       "Tensor inverse) -> (Tensor, Tensor)");
+  m.def(
+      "max_logits(Tensor q, Tensor k, float scale, Tensor? document_ids, Tensor chosen) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kimi_pretrain, CPU, m) { kimi::implement<Cpu>(m); }

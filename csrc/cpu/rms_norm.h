@@ -56,7 +56,7 @@ struct RmsNorm {
       const float mean = row_sum(width, square) / float(width);
       const float factor = 1.0f / std::sqrt(mean + eps);
       for (int64_t i = 0; i < width; i++)
-        y[i] = from_float<T>(to_float(x[i]) * factor * to_float(weight[i]));
+        y[i] = from_narrow<T>(to_float(x[i]) * factor * to_float(weight[i]));
       scale[row] = factor;
     }
   }
@@ -75,7 +75,7 @@ struct RmsNormBackward {
       const float mean = row_sum(width, product) / float(width);
       for (int64_t i = 0; i < width; i++) {
         const float g = to_float(grad[i]), normal = to_float(x[i]) * factor;
-        grad_x[i] = from_float<T>(factor * (g * to_float(weight[i]) - normal * mean));
+        grad_x[i] = from_narrow<T>(factor * (g * to_float(weight[i]) - normal * mean));
         sums[i] += g * normal;
       }
     }

@@ -1,4 +1,6 @@
 // SwiGLU on the CPU, dense rows or FP8 tiles, a tile's worth of columns at a time.
+//
+// `read` gives columns of a row as something to index; tiles are widened into its buffer first.
 #pragma once
 
 #include "exponential.h"
@@ -11,9 +13,13 @@ struct DenseRows {
   const T* x;
   int64_t width;
 
-  KIMI_INLINE void read(float* value, int64_t row, int64_t column, int count) const {
-    const T* from = x + row * width + column;
-    for (int i = 0; i < count; i++) value[i] = to_float(from[i]);
+  struct Part {
+    const T* __restrict from;
+    KIMI_INLINE float operator[](int i) const { return to_float(from[i]); }
+  };
+
+  KIMI_INLINE Part read(float*, int64_t row, int64_t column, int) const {
+    return {x + row * width + column};
   }
 };
 
@@ -23,7 +29,7 @@ struct TileRows {
   int64_t width;
 
   // The columns may begin within one tile and end in the next.
-  KIMI_INLINE void read(float* value, int64_t row, int64_t column, int count) const {
+  KIMI_INLINE const float* read(float* value, int64_t row, int64_t column, int count) const {
     const float* of_row = scale + row * ((width + kTile - 1) / kTile);
     const int64_t next = (column / kTile + 1) * kTile;
     const int first = int(std::min<int64_t>(count, next - column));
@@ -31,17 +37,19 @@ struct TileRows {
     if (first < count)
       DequantiseTiles<float>::tile(q + row * width + next, of_row[next / kTile], value + first,
                                    count - first);
+    return value;
   }
 };
 
 template <class Rows, class T>
 struct Swiglu {
-  static KIMI_INLINE void part(Rows rows, T* y, int64_t row, int64_t width, int64_t at, int count) {
-    float gate[kTile], up[kTile];
-    rows.read(gate, row, at, count);
-    rows.read(up, row, width + at, count);
+  static KIMI_INLINE void part(Rows rows, T* __restrict y, int64_t row, int64_t width, int64_t at,
+                               int count) {
+    float gates[kTile], ups[kTile];
+    const auto gate = rows.read(gates, row, at, count);
+    const auto up = rows.read(ups, row, width + at, count);
     for (int i = 0; i < count; i++)
-      y[i] = from_float<T>(gate[i] / (1.0f + exponential(-gate[i])) * up[i]);
+      y[i] = from_narrow<T>(gate[i] / (1.0f + exponential(-gate[i])) * up[i]);
   }
 
   static KIMI_INLINE void run(Rows rows, T* y, int64_t from, int64_t to, int64_t width) {
@@ -56,15 +64,16 @@ struct Swiglu {
 
 template <class Rows, class T>
 struct SwigluBackward {
-  static KIMI_INLINE void part(const T* grad, Rows rows, T* grad_gate, T* grad_up, int64_t row,
-                               int64_t width, int64_t at, int count) {
-    float gate[kTile], up[kTile];
-    rows.read(gate, row, at, count);
-    rows.read(up, row, width + at, count);
+  static KIMI_INLINE void part(const T* __restrict grad, Rows rows, T* __restrict grad_gate,
+                               T* __restrict grad_up, int64_t row, int64_t width, int64_t at,
+                               int count) {
+    float gates[kTile], ups[kTile];
+    const auto gate = rows.read(gates, row, at, count);
+    const auto up = rows.read(ups, row, width + at, count);
     for (int i = 0; i < count; i++) {
       const float g = to_float(grad[i]), s = sigmoid(gate[i]);
-      grad_gate[i] = from_float<T>(g * up[i] * (s * (1.0f + gate[i] * (1.0f - s))));
-      grad_up[i] = from_float<T>(g * (gate[i] * s));
+      grad_gate[i] = from_narrow<T>(g * up[i] * (s * (1.0f + gate[i] * (1.0f - s))));
+      grad_up[i] = from_narrow<T>(g * (gate[i] * s));
     }
   }
 

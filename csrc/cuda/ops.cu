@@ -3,6 +3,7 @@
 
 #include "fp8_tiles.cuh"
 #include "kimi/glue.h"
+#include "max_logits.cuh"
 #include "permute.cuh"
 #include "rms_norm.cuh"
 #include "swiglu.cuh"
@@ -26,6 +27,7 @@ struct Cuda {
   static void check_index(const kimi::Tensor&, int64_t) {}
 
   static int64_t strips(int64_t rows) { return kimi::cuda::strips(rows); }
+  static int64_t logit_blocks(int64_t length) { return kimi::cuda::logit_blocks(length); }
 
 #define KIMI_FORWARD(op)              \
   template <class... A>               \
@@ -43,6 +45,7 @@ struct Cuda {
   KIMI_FORWARD(take_rows)
   KIMI_FORWARD(weighted_rows)
   KIMI_FORWARD(weighted_rows_backward)
+  KIMI_FORWARD(max_logits)
 #undef KIMI_FORWARD
 };
 

@@ -5,7 +5,7 @@
 // without atomics.
 #pragma once
 
-#include "block_sum.cuh"
+#include "block_reduce.cuh"
 #include "kimi/simt.h"
 
 namespace kimi::cuda {

@@ -4,7 +4,7 @@
 // (the weight's gradient) are taken strip by strip and then over strips, in a fixed order.
 #pragma once
 
-#include "block_sum.cuh"
+#include "block_reduce.cuh"
 #include "kimi/simt.h"
 
 namespace kimi::cuda {

@@ -1,9 +1,11 @@
 // Plain C doors for tests: the CUDA kernels through the shim, and the CPU loops of a chosen set.
 #include "../cpu/fp8_tiles.h"
+#include "../cpu/max_logits.h"
 #include "../cpu/permute.h"
 #include "../cpu/rms_norm.h"
 #include "../cpu/swiglu.h"
 #include "fp8_tiles.cuh"
+#include "max_logits.cuh"
 #include "permute.cuh"
 #include "rms_norm.cuh"
 #include "swiglu.cuh"
@@ -96,7 +98,23 @@ DOOR void diverging() {
        cpu::run<cpu::WeightedRowsBackward<T>>(grad, rows, weights, order, grad_rows, grad_weights, \
                                               int64_t(0), tokens * slots, slots, width))
 
+// The CPU's takes one sequence and head.
+#define LOGIT_DOORS(T, suffix)                                                                     \
+  DOOR void max_logits_cuda_##suffix(const T* q, const T* k, const int64_t* documents,             \
+                                     const bool* chosen, float scale, float* partial,              \
+                                     float* largest, int64_t sequences, int64_t heads,             \
+                                     int64_t length, int64_t width) {                              \
+    cuda::max_logits(q, k, documents, chosen, scale, partial, largest, sequences, heads, length,   \
+                     width, nullptr);                                                              \
+  }                                                                                                \
+  DOOR void max_logits_cpu_##suffix(const T* q, const T* k, const int64_t* documents, float scale, \
+                                    float* largest, int64_t from, int64_t to, int64_t width) {     \
+    cpu::run<cpu::MaxLogits<T>>(q, k, documents, scale, largest, from, to, width);                 \
+  }
+
 DOORS(bf16, bf16)
 DOORS(float, fp32)
 PERMUTE_DOORS(bf16, bf16)
 PERMUTE_DOORS(float, fp32)
+LOGIT_DOORS(bf16, bf16)
+LOGIT_DOORS(float, fp32)

@@ -255,6 +255,7 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     precision: str = "auto"  # auto | bf16 | fp32 | fp64
+    kernels: str = "auto"  # auto | reference | native: who runs an op (docs/kernels.md)
     seed: int = 0
     run_dir: str = MISSING
     resume: bool = True  # go on from run_dir's latest checkpoint if there is one

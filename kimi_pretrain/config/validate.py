@@ -45,6 +45,10 @@ def validate(config: Config) -> None:
     validate_launcher(config.launcher)
     _cluster(config.cluster)
     _one_of("precision", config.precision, names.PRECISIONS)
+    _one_of("kernels", config.kernels, names.KERNELS)
+    rule = "native kernels compute in bf16 or fp32, and precision=fp64 is plain torch"
+    fits = config.kernels != "native" or config.precision != "fp64"
+    _require(fits, "kernels", config.kernels, rule, "kernels=auto")
     _at_least("seed", config.seed, 0)
     _require(config.run_dir.strip() != "", "run_dir", config.run_dir, "it names a folder", "runs/a")
     _between_groups(config)

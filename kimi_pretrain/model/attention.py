@@ -1,13 +1,13 @@
 """Multi-head latent attention (arXiv 2405.04434, section 2.1)."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kimi_pretrain.config.schema import ModelConfig
+from kimi_pretrain.model.hand_out import CallsKernels
 from kimi_pretrain.model.microbatch import Microbatch
 from kimi_pretrain.model.norm import RMSNorm
 from kimi_pretrain.model.projection import Projection
-from kimi_pretrain.ops.attention import attention
 from kimi_pretrain.ops.mla_heads import mla_heads
 from kimi_pretrain.ops.saved import remade
 
@@ -15,7 +15,7 @@ from kimi_pretrain.ops.saved import remade
 LATENT_NORM_EPS = 1e-6
 
 
-class MLA(nn.Module):
+class MLA(CallsKernels):
     """``self_attn`` of a layer: low-rank queries (or full ones), low-rank keys and values."""
 
     def __init__(self, cfg: ModelConfig, layer: int, dtype: torch.dtype) -> None:
@@ -58,8 +58,10 @@ class MLA(nn.Module):
 
         queries, keys, values = remade("mla_up", up, q_in, kv_in, k_rope)
         scale, document_ids = microbatch.softmax_scale, microbatch.document_ids
-        out, lse = attention(queries, keys, values, scale, document_ids)
+        out, lse = self.kernels.attention(queries, keys, values, scale, document_ids)
         if microbatch.record is not None:
-            microbatch.record.observe_attention(self.layer, queries, keys, lse, scale, document_ids)
+            exactly = self.kernels.max_logits
+            logits = (queries, keys, lse, scale, document_ids)
+            microbatch.record.observe_attention(self.layer, *logits, exactly)
         result: Tensor = self.o_proj(out.flatten(2))
         return result

@@ -4,16 +4,16 @@ import torch
 from torch import Tensor, nn
 
 from kimi_pretrain.config.schema import ModelConfig
+from kimi_pretrain.model.hand_out import CallsKernels
 from kimi_pretrain.model.projection import Projection
 from kimi_pretrain.model.router import Router
-from kimi_pretrain.ops.grouped import group_layout, grouped_linear, pad_rows, unpad_rows
+from kimi_pretrain.ops.grouped import group_layout, pad_rows, unpad_rows
 from kimi_pretrain.ops.linear import linear
 from kimi_pretrain.ops.saved import named, remade
-from kimi_pretrain.ops.swiglu import swiglu
 from kimi_pretrain.parallel.dispatch import Arrived
 
 
-class DenseMLP(nn.Module):
+class DenseMLP(CallsKernels):
     """SwiGLU MLP of a dense layer, or the shared expert of a MoE layer."""
 
     def __init__(self, width: int, intermediate: int, dtype: torch.dtype) -> None:
@@ -24,11 +24,11 @@ class DenseMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate_up = linear(x, self.gate_up_proj)
         named("swiglu_in", gate_up)
-        result: Tensor = self.down_proj(remade("expert_down_in", swiglu, gate_up))
+        result: Tensor = self.down_proj(remade("expert_down_in", self.kernels.swiglu, gate_up))
         return result
 
 
-class Experts(nn.Module):
+class Experts(CallsKernels):
     """The routed experts of this rank, as two stacks."""
 
     def __init__(self, experts: int, width: int, intermediate: int, dtype: torch.dtype) -> None:
@@ -47,16 +47,16 @@ class Experts(nn.Module):
         layout = group_layout(arrived.sizes, 3 * width * intermediate, rows.dtype, rows.device)
         rows = pad_rows(rows, layout)
         named("expert_up_in", rows)
-        gate_up = grouped_linear(rows, self.gate_up_proj, layout)
+        gate_up = self.kernels.grouped_linear(rows, self.gate_up_proj, layout)
         named("swiglu_in", gate_up)
         if arrived.weights is None:
-            inner = remade("expert_down_in", swiglu, gate_up)
+            inner = remade("expert_down_in", self.kernels.swiglu, gate_up)
         else:
-            inner = remade("swiglu_out", swiglu, gate_up)
+            inner = remade("swiglu_out", self.kernels.swiglu, gate_up)
             weights = pad_rows(arrived.weights[:, None], layout)
             named("router", weights)
             inner = remade("expert_down_in", _weighted, inner, weights)
-        return unpad_rows(grouped_linear(inner, self.down_proj, layout), layout)
+        return unpad_rows(self.kernels.grouped_linear(inner, self.down_proj, layout), layout)
 
 
 def _weighted(inner: Tensor, weights: Tensor) -> Tensor:

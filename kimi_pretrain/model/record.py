@@ -1,12 +1,13 @@
 """What one optimizer step observes in the forwards of its microbatches."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kimi_pretrain.config.schema import ModelConfig
-from kimi_pretrain.ops.attention import max_logits
+from kimi_pretrain.ops import attention
 
 
 @dataclass
@@ -73,6 +74,7 @@ class StepRecord:
         lse: Tensor,
         scale: float,
         document_ids: Tensor | None,
+        exactly: Callable[..., Tensor] = attention.max_logits,
     ) -> None:
         """Fold one microbatch's logits of a layer into the maxima (QK-Clip, arXiv 2507.20534).
 
@@ -86,18 +88,18 @@ class StepRecord:
             lse: [batch, heads, length], from ``ops.attention.attention``.
             scale: factor of the logits.
             document_ids: as for ``ops.attention.max_logits``.
+            exactly: ``ops.attention.max_logits``, or a kernel that stands for it.
         """
         bound = lse.amax(dim=(0, 2)).to(self.max_logits.dtype)  # [heads]
         if self.all_exact:
-            heads = list(range(bound.shape[0]))
+            exact = torch.ones_like(self.exact[layer])
         elif self.tau is None:
-            heads = []
+            exact = torch.zeros_like(self.exact[layer])
         else:
-            heads = (bound > self.tau).nonzero()[:, 0].tolist()
-        exact = torch.zeros_like(self.exact[layer])
-        if heads:
-            bound[heads] = max_logits(q, k, scale, document_ids, heads).to(bound.dtype)
-            exact[heads] = True
+            exact = bound > self.tau
+        if self.all_exact or self.tau is not None:
+            maxima = exactly(q, k, scale, document_ids, exact).to(bound.dtype)
+            bound = torch.where(exact, maxima, bound)
         # A maximum is exact if the larger value is: it dominates the other's bound.
         larger = bound > self.max_logits[layer]
         self.exact[layer] = torch.where(larger, exact, self.exact[layer])

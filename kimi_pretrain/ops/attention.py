@@ -59,7 +59,7 @@ def several_documents(document_ids: Tensor | None) -> Tensor | None:
 
 @torch.no_grad()
 def max_logits(
-    q: Tensor, k: Tensor, scale: float, document_ids: Tensor | None, heads: list[int]
+    q: Tensor, k: Tensor, scale: float, document_ids: Tensor | None, chosen: Tensor
 ) -> Tensor:
     """Exact maximum of the scaled logits over unmasked pairs, for the chosen heads.
 
@@ -68,14 +68,17 @@ def max_logits(
         k: [batch, heads, length, qk width].
         scale: factor of the logits.
         document_ids: as in ``attention``.
-        heads: which heads.
+        chosen: [heads] bool.
 
     Returns:
-        [len(heads)] in fp32 (fp64 for fp64), signed.
+        [heads] in fp32 (fp64 for fp64), signed; -inf for a head that is not chosen.
     """
-    chosen = len(heads)
-    maxima = torch.full((chosen,), -torch.inf, dtype=accumulate_dtype(q.dtype), device=q.device)
-    of_head = torch.arange(q.shape[0] * chosen, device=q.device) % chosen  # [batch x chosen]
+    high = accumulate_dtype(q.dtype)
+    maxima = torch.full(chosen.shape, -torch.inf, dtype=high, device=q.device)
+    heads = chosen.nonzero()[:, 0]
+    if not len(heads):
+        return maxima
+    of_head = heads.repeat(q.shape[0])  # [batch x chosen]
     for pairs, _, logits in _logits(_flat(q[:, heads]), _flat(k[:, heads]), scale, document_ids):
         maxima.scatter_reduce_(0, of_head[pairs], logits.amax(dim=(1, 2)), "amax")
     return maxima

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kimi_pretrain.ops.main_grad import deferred, deliver, delivered, main_gradient
+from kimi_pretrain.ops.main_grad import (
+    add_product,
+    adder,
+    deferred,
+    deliver,
+    delivered,
+    main_gradient,
+)
 from kimi_pretrain.ops.saved import named
 
 # What a call costs beside its arithmetic, as arithmetic a core does in that time.
@@ -142,10 +149,16 @@ def _weight_gradient(weight: Tensor, grad: Tensor, x: Tensor, layout: GroupLayou
 def _add_gradient(weight: Tensor, grad: Tensor, x: Tensor, layout: GroupLayout) -> None:
     main = main_gradient(weight)
     assert main is not None
-    if main.dtype != grad.dtype:
+    total, add = main.flatten(1, -2), adder(weight)
+    if main.dtype != grad.dtype and add is add_product:
         deliver(weight, _gradient(weight, grad, x, layout))
         return
-    total = main.flatten(1, -2)
+    if add is not add_product:
+        for run, g, rows in _runs(layout, grad, x):
+            for index in range(run.last - run.first):
+                add(total[run.first + index], g[index], rows[index])
+        delivered(weight)
+        return
     for run, g, rows in _runs(layout, grad, x):
         total[run.first : run.last].baddbmm_(g.transpose(1, 2), rows)
     delivered(weight)

@@ -90,11 +90,29 @@ def deliver_product(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
     return None
 
 
+def add_product(main: Tensor, grad: Tensor, x: Tensor) -> None:
+    """``main += grad.T @ x`` in place.
+
+    Args:
+        main: [width_out, width_in] fp32 (fp64), contiguous.
+        grad: [rows, width_out].
+        x: [rows, width_in].
+    """
+    if main.dtype == grad.dtype == x.dtype:
+        main.addmm_(grad.t(), x)
+    else:
+        main.add_(torch.mm(grad.t(), x))
+
+
+def adder(weight: Tensor) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """The ``add_product`` of a weight: the kernel that was hung on it, or plain torch."""
+    chosen: Callable[[Tensor, Tensor, Tensor], None]
+    chosen = getattr(weight, "main_grad_adder", add_product)
+    return chosen
+
+
 def _add_product(weight: Tensor, grad: Tensor, x: Tensor) -> None:
     main = main_gradient(weight)
     assert main is not None
-    if main.dtype == grad.dtype == x.dtype:
-        main.view(-1, x.shape[1]).addmm_(grad.t(), x)
-        delivered(weight)
-    else:
-        deliver(weight, torch.mm(grad.t(), x).view(weight.shape))
+    adder(weight)(main.view(-1, x.shape[1]), grad, x)
+    delivered(weight)

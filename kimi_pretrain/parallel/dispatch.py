@@ -26,7 +26,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from kimi_pretrain.ops.permute import summed_rows, take_rows, weighted_rows
+from kimi_pretrain.ops.kernels import REFERENCE, Kernels
 from kimi_pretrain.parallel.collectives import Group, Handle
 
 
@@ -148,15 +148,15 @@ class Dispatcher(Protocol):
 class LocalDispatcher:
     """All experts on this rank: the plan's order is already the experts'."""
 
-    def __init__(self, weights_at_experts: bool = False) -> None:
-        self.weights_at_experts = weights_at_experts
+    def __init__(self, weights_at_experts: bool = False, kernels: Kernels = REFERENCE) -> None:
+        self.weights_at_experts, self.kernels = weights_at_experts, kernels
 
     def experts(self, count: int) -> range:
         return range(count)
 
     def permute(self, hidden: Tensor, weights: Tensor, plan: DispatchPlan) -> Rows:
         own = slot_weights(weights, plan) if self.weights_at_experts else None
-        return take_rows(hidden, plan.order, plan.inverse), own
+        return self.kernels.take_rows(hidden, plan.order, plan.inverse), own
 
     def dispatch(self, rows: Tensor, weights: Tensor | None, plan: DispatchPlan) -> Flight[Arrived]:
         return Flight((), lambda: Arrived(rows, plan.counts.tolist(), weights, Route()))
@@ -171,8 +171,10 @@ class LocalDispatcher:
 
     def unpermute(self, rows: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
         if self.weights_at_experts:
-            return summed_rows(rows, plan.order, plan.inverse)
-        return weighted_rows(rows, weights, plan.order, plan.inverse)
+            total: Tensor = self.kernels.summed_rows(rows, plan.order, plan.inverse)
+        else:
+            total = self.kernels.weighted_rows(rows, weights, plan.order, plan.inverse)
+        return total
 
 
 class AllToAllDispatcher(LocalDispatcher):
@@ -183,8 +185,10 @@ class AllToAllDispatcher(LocalDispatcher):
     then by expert; ``Route`` keeps the permutation between that and expert order.
     """
 
-    def __init__(self, group: Group, weights_at_experts: bool = False) -> None:
-        super().__init__(weights_at_experts)
+    def __init__(
+        self, group: Group, weights_at_experts: bool = False, kernels: Kernels = REFERENCE
+    ) -> None:
+        super().__init__(weights_at_experts, kernels)
         self.group = group
 
     def experts(self, count: int) -> range:

@@ -11,7 +11,8 @@ from kimi_pretrain.config.activation import offloads, policies
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.settled import micro_batch_size
-from kimi_pretrain.ops import registry
+from kimi_pretrain.ops.kernels import Op
+from kimi_pretrain.ops.registry import select
 from kimi_pretrain.pipeline.actions import Schedule
 from kimi_pretrain.plan.activations import Setting, stage_kept
 from kimi_pretrain.plan.in_flight import most_held
@@ -59,13 +60,13 @@ def open_activations(
     return Activations(
         chosen,
         offloader,
-        *(_tiles(device, dtype) if fp8 else ()),
+        *(_tiles(config.kernels, device, dtype) if fp8 else ()),
     )
 
 
-def _tiles(device: torch.device, dtype: torch.dtype) -> tuple[registry.Op, registry.Op]:
+def _tiles(kernels: str, device: torch.device, dtype: torch.dtype) -> tuple[Op, Op]:
     """Quantise and dequantise."""
     return (
-        registry.select("quantise_tiles", "auto", device.type, dtype),
-        registry.select("dequantise_tiles", "auto", device.type, dtype),
+        select("quantise_tiles", kernels, device.type, dtype),
+        select("dequantise_tiles", kernels, device.type, dtype),
     )

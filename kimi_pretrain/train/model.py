@@ -7,6 +7,7 @@ import torch
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.model.build import rank_model
 from kimi_pretrain.model.rank_model import RankModel
+from kimi_pretrain.ops.registry import kernels_for
 from kimi_pretrain.parallel.dispatch import Dispatcher
 from kimi_pretrain.parallel.dispatchers import open_dispatcher
 from kimi_pretrain.parallel.world import World
@@ -21,14 +22,15 @@ def open_model(
     Initial weights do not depend on the layout.
 
     Raises:
-        ConfigError: the dispatcher cannot run here.
+        ConfigError: the dispatcher or the kernels cannot run here.
     """
-    parallel = config.parallel
-    dispatcher = open_dispatcher(parallel, world.ep, config.model.hidden_size * dtype.itemsize)
+    parallel, row_bytes = config.parallel, config.model.hidden_size * dtype.itemsize
+    kernels = kernels_for(config.kernels, world.device.type, dtype)
+    dispatcher = open_dispatcher(parallel, world.ep, row_bytes, kernels)
     stages = {
         stage: layers
         for stage, layers in enumerate(stages_of(config))
         if placement[stage] == world.pp.index
     }
-    model = rank_model(config.model, stages, dtype, world.device, config.seed, dispatcher)
+    model = rank_model(config.model, stages, dtype, world.device, config.seed, dispatcher, kernels)
     return model, dispatcher

@@ -23,6 +23,7 @@ from kimi_pretrain.data.prepared import PreparedData
 from kimi_pretrain.data.progress import console as progress_display
 from kimi_pretrain.data.progress import silent
 from kimi_pretrain.ops.precision import resolve
+from kimi_pretrain.ops.registry import summary
 from kimi_pretrain.optim.lr import total_steps
 from kimi_pretrain.parallel.errors import PeerError
 from kimi_pretrain.parallel.world import World
@@ -213,6 +214,7 @@ def _facts(run: Run, dtype: torch.dtype, device: torch.device) -> dict[str, str]
         "precision": f"{str(dtype).removeprefix('torch.')} on {device}, "
         f"{_counted(torch.get_num_threads(), 'thread')} a rank, "
         f"matmul peak {run.peak_flops / 1e9:,.0f} GFLOP/s",
+        "kernels": summary(config.kernels, device.type, dtype),
     }
 
 

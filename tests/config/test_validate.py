@@ -210,6 +210,12 @@ DEEPER: dict[str, tuple[Callable[[Config], Config], str, str]] = {
         "=4097",
     ),
     "precision": (lambda c: replace(c, precision="fp16"), "precision", "=fp"),
+    "kernels": (lambda c: replace(c, kernels="cuda"), "kernels", "="),
+    "native_fp64": (
+        lambda c: replace(c, kernels="native", precision="fp64"),
+        "kernels",
+        "=auto",
+    ),
     "seed": (lambda c: replace(c, seed=-1), "seed", "=0"),
     "run_dir": (lambda c: replace(c, run_dir=" "), "run_dir", "runs/"),
 }

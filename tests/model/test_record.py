@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from kimi_pretrain.config.schema import ModelConfig
-from kimi_pretrain.model import record as module
 from kimi_pretrain.model.build import from_config
 from kimi_pretrain.model.record import StepRecord
+from kimi_pretrain.ops.attention import max_logits
 from tests.model import reference
 
 TinyConfig = Callable[..., ModelConfig]
@@ -20,27 +20,23 @@ def heads(values: list[float], scale: float = 1.0) -> tuple[torch.Tensor, ...]:
     return q, torch.ones_like(q), q[..., 0] * scale + 0.5  # an LSE half above the maximum
 
 
-def test_only_heads_above_tau_get_the_exact_pass(
-    tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_heads_above_tau_get_the_exact_pass(tiny: TinyConfig) -> None:
     """The exact pass costs a second attention: it must not run for heads that need no clip."""
-    asked: list[list[int]] = []
-    real = module.max_logits
+    asked: list[list[bool]] = []
 
     def spy(q, k, scale, documents, chosen):  # type: ignore[no-untyped-def]
-        asked.append(chosen)
-        return real(q, k, scale, documents, chosen)
+        asked.append(chosen.tolist())
+        return max_logits(q, k, scale, documents, chosen)
 
-    monkeypatch.setattr(module, "max_logits", spy)
     record = StepRecord.for_model(tiny(), tau=100.0, dtype=torch.float64)
     q, k, lse = heads([99.8, 99.4, 120.0])
-    record.observe_attention(1, q, k, lse, 1.0, None)
-    assert asked == [[0, 2]]
+    record.observe_attention(1, q, k, lse, 1.0, None, spy)
+    assert asked == [[True, False, True]]
     assert record.max_logits[1].tolist() == pytest.approx([99.8, 99.9, 120.0])
     assert record.exact[1].tolist() == [True, False, True]
     q, k, lse = heads([-7.0, -8.0, -9.0])
-    record.observe_attention(2, q, k, lse, 1.0, None)
-    assert len(asked) == 1
+    record.observe_attention(2, q, k, lse, 1.0, None, spy)
+    assert asked[1:] == [[False, False, False]]
     assert record.max_logits[2].tolist() == pytest.approx([-6.5, -7.5, -8.5])
     assert record.max_logits[0].tolist() == [-torch.inf] * 3
 

@@ -3,10 +3,12 @@
 from os import chdir
 from pathlib import Path
 
+import pytest
 import torch
 
 from kimi_pretrain.config import compose
 from kimi_pretrain.config.schema import Config
+from kimi_pretrain.ops.native import library
 from kimi_pretrain.parallel.errors import SharedConfigError
 from kimi_pretrain.parallel.world import open_world
 from kimi_pretrain.pipeline.schedules import gpipe, interleaved_1f1b
@@ -56,6 +58,22 @@ def test_another_library_on_one_rank_is_named() -> None:
     lines = run_ranks(2, _agree, 1, "seed=0", "0.0.1")
     assert len(set(lines)) == 1
     assert lines[0].startswith("version of safetensors on rank 1: got '0.0.1'; ")
+
+
+def _agree_on_kernels(rank: int, size: int) -> str:
+    if rank == 1:
+        library.LIBRARY = Path("/nowhere")
+        library.missing.cache_clear()
+    return _meet(compose(["experiment=smoke", f"parallel.dp={size}", "precision=fp32"]))
+
+
+@pytest.mark.skipif(library.missing() is not None, reason="every rank lacks native kernels here")
+def test_a_rank_without_the_library_is_named() -> None:
+    """Catches ranks that round differently because one node's installation built no kernels."""
+    lines = run_ranks(2, _agree_on_kernels)
+    assert len(set(lines)) == 1
+    assert lines[0].startswith("kernels in use on rank 1: got 'reference ")
+    assert "\n" not in lines[0]
 
 
 def test_one_process_agrees_with_itself() -> None:

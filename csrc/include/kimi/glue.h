@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -211,8 +212,11 @@ inline void check_norm(const Tensor& x, const Tensor& weight) {
 }
 
 // x [..., width], weight [width] -> (y [..., width], scale [..., 1] fp32 = 1 / sqrt(mean + eps)).
+// x may be a view, as MLA's latent is: it is copied for as long as this lasts, and autograd keeps the
+// view, whose storage others keep too.
 template <class Backend>
-std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& view, const Tensor& weight, double eps) {
+  const Tensor x = torch::stable::contiguous(view);
   check_norm(x, weight);
   Tensor y = empty(x, shape_of(x), x.scalar_type());
   Tensor scale = empty(x, with_width(x, 1), ScalarType::Float);
@@ -228,8 +232,9 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
 
 // (grad of x, grad of weight in fp32).
 template <class Backend>
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x,
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& view,
                                              const Tensor& weight, const Tensor& scale) {
+  const Tensor x = torch::stable::contiguous(view);
   check_norm(x, weight);
   check_grad(grad, shape_of(x));
   check_like(grad, x, "grad");
@@ -347,6 +352,41 @@ std::tuple<Tensor, Tensor> weighted_rows_backward(const Tensor& grad, const Tens
   return {grad_rows, grad_weights};
 }
 
+// ---- QK-Clip ----------------------------------------------------------------------------------
+
+// q, k [sequences, heads, length, width], documents [sequences, length] int64 or none, chosen
+// [heads] bool -> [heads] fp32.
+template <class Backend>
+Tensor max_logits(const Tensor& q, const Tensor& k, double scale,
+                  const std::optional<Tensor>& documents, const Tensor& chosen) {
+  check_dense(q, "q");
+  check_like(k, q, "k");
+  KIMI_CHECK(q.dim() == 4 && shape_of(q) == shape_of(k) && q.numel() > 0,
+             "q and k must be [sequences, heads, length, width], and not empty");
+  const int64_t sequences = q.size(0), heads = q.size(1), length = q.size(2);
+  KIMI_CHECK(sequences * heads <= 65535, "at most 65535 heads of sequences at once");
+  check_dense(chosen, "chosen");
+  KIMI_CHECK(chosen.scalar_type() == ScalarType::Bool && shape_of(chosen) == std::vector{heads},
+             "chosen must be one bool a head");
+  if (documents) {
+    check_dense(*documents, "document_ids");
+    KIMI_CHECK(documents->scalar_type() == ScalarType::Long &&
+                   shape_of(*documents) == (std::vector{sequences, length}),
+               "document_ids must be int64 [sequences, length]");
+  }
+  Tensor largest = empty(q, {heads}, ScalarType::Float);
+  Tensor partial = empty(q, {sequences, heads, Backend::logit_blocks(length)}, ScalarType::Float);
+  with_type(q.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    launch<Backend>(q, [&](void* stream) {
+      Backend::max_logits(in<T>(q), in<T>(k), documents ? in<int64_t>(*documents) : nullptr,
+                          in<bool>(chosen), float(scale), out<float>(partial), out<float>(largest),
+                          sequences, heads, length, q.size(3), stream);
+    });
+  });
+  return largest;
+}
+
 // The ops of one dispatch key; their schemas are in cpu/ops.cpp.
 template <class Backend>
 void implement(torch::stable::detail::StableLibrary& m) {
@@ -362,6 +402,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("summed_rows", TORCH_BOX(&summed_rows<Backend>));
   m.impl("weighted_rows", TORCH_BOX(&weighted_rows<Backend>));
   m.impl("weighted_rows_backward", TORCH_BOX(&weighted_rows_backward<Backend>));
+  m.impl("max_logits", TORCH_BOX(&max_logits<Backend>));
 }
 
 }  // namespace kimi

@@ -66,24 +66,45 @@ KIMI_INLINE bf16 from_float<bf16>(float x) {
 #endif
 }
 
+// from_float of what was computed from bf16 numbers and tiles alone. A NaN that comes of those has
+// zeros in its lower half, so that rounding cannot carry out of it, and no check is needed.
+template <class T>
+KIMI_INLINE T from_narrow(float x) {
+#if !defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == sizeof(bf16)) {
+    const uint32_t bits = bits_of(x);
+    return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+  }
+#endif
+  return from_float<T>(x);
+}
+
 // ---- E4M3: sign, 4 bits of exponent with bias 7, 3 of mantissa, no infinity -----------------
 
 constexpr float kE4M3Max = 448.0f;
 constexpr uint8_t kE4M3NaN = 0x7f;
 
-// Rounded to nearest even. |x| is at most 448 but for a rounding of its own (a tile's scale sees to
-// that), so that nothing overflows.
+// The sign bit of x as E4M3's.
+KIMI_INLINE uint8_t e4m3_sign(float x) { return (bits_of(x) >> 24) & 0x80; }
+KIMI_INLINE uint8_t e4m3_sign(bf16 x) { return (x.bits >> 8) & 0x80; }
+
+// Of x >= 0, rounded to nearest even. x is at most 448 but for a rounding of its own (a tile's scale
+// sees to that), so that nothing overflows.
+KIMI_INLINE uint8_t e4m3_from_magnitude(float x) {
+  // Adding 2^20 times its power of two rounds x to three bits of mantissa: the sum's last places
+  // count eighths of that power (E4M3's subnormals, those of 2^-6). Eight codes a power lie below,
+  // which are the exponent's bits; 56 completes their 8 * 121 to a multiple of 256.
+  const uint32_t exponent = bits_of(x) & 0x7f800000, least = 121u << 23;
+  const uint32_t e = exponent > least ? exponent : least;
+  return uint8_t(bits_of(x + float_of(e + (20u << 23) + 56)) + (e >> 20));
+}
+
+// Of any x within +-448, as e4m3_from_magnitude.
 KIMI_INLINE uint8_t e4m3_from_float(float x) {
 #if defined(__CUDA_ARCH__)
   return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
 #else
-  const uint32_t sign = (bits_of(x) >> 24) & 0x80;
-  const int32_t a = int32_t(bits_of(x) & 0x7fffffff);
-  // Normal numbers: drop 20 bits of mantissa, move the exponent's bias from 127 to 7.
-  const int32_t normal = (a + 0x7ffff + ((a >> 20) & 1) - (120 << 23)) >> 20;
-  // Below 2^-6: adding 2^14, whose last place is 2^-9, rounds to E4M3's subnormals.
-  const int32_t subnormal = int32_t(bits_of(float_of(uint32_t(a)) + 16384.0f) - bits_of(16384.0f));
-  return uint8_t(sign | uint32_t(a < (121 << 23) ? subnormal : normal));
+  return e4m3_sign(x) | e4m3_from_magnitude(float_of(bits_of(x) & 0x7fffffff));
 #endif
 }
 
@@ -91,9 +112,9 @@ KIMI_INLINE float float_from_e4m3(uint8_t q) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__half(__nv_cvt_fp8_to_halfraw(q, __NV_E4M3)));
 #else
-  const int32_t magnitude = q & 0x7f;
-  const float normal = float_of((uint32_t(magnitude) << 20) + (120u << 23));
-  const float subnormal = float(magnitude) * 0x1p-9f;
+  const uint32_t magnitude = q & 0x7f;
+  const float normal = float_of((magnitude << 20) + (120u << 23));
+  const float subnormal = normal + (normal - 0x1p-6f);  // no leading 1, exponent one higher
   const float finite = magnitude < 8 ? subnormal : normal;
   const float value = magnitude == kE4M3NaN ? float_of(0x7fc00000) : finite;
   return float_of(bits_of(value) | (uint32_t(q & 0x80) << 24));

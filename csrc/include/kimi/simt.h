@@ -7,8 +7,9 @@
 #define KIMI_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...)                     \
   kernel<<<dim3(blocks), dim3(threads), (shared_bytes), static_cast<cudaStream_t>(stream)>>>( \
       __VA_ARGS__)
-// Shared memory of a block. Macros, so that the shim can poison it before each block.
-#define KIMI_SHARED(type, name, count) __shared__ type name[count]
+// Shared memory of a block, aligned for packs. Macros, so that the shim can poison it before each
+// block.
+#define KIMI_SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define KIMI_DYNAMIC_SHARED(type, name)                   \
   extern __shared__ __align__(16) unsigned char name##_[]; \
   type* const name = reinterpret_cast<type*>(name##_)

@@ -1,6 +1,7 @@
 """The library's ops as functions that take what their plain-torch definitions take.
 
-The kernels read dense rows; a view that is not dense is copied here, once.
+The kernels read dense rows; a view that is not dense is copied here, once (RMSNorm's within its
+op, so that backward keeps the view).
 """
 
 import torch
@@ -40,7 +41,7 @@ def swiglu_tiles_backward(grad: Tensor, q: Tensor, scale: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See ``kimi_pretrain.ops.norm.rms_norm``."""
-    y: Tensor = torch.ops.kimi_pretrain.rms_norm(x.contiguous(), weight.contiguous(), eps)[0]
+    y: Tensor = torch.ops.kimi_pretrain.rms_norm(x, weight, eps)[0]
     return y
 
 
@@ -61,6 +62,17 @@ def weighted_rows(rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor)
     dense = _dense(weights, order, inverse)
     y: Tensor = torch.ops.kimi_pretrain.weighted_rows(rows.contiguous(), *dense)
     return y
+
+
+@torch.no_grad()
+def max_logits(
+    q: Tensor, k: Tensor, scale: float, document_ids: Tensor | None, chosen: Tensor
+) -> Tensor:
+    """See ``kimi_pretrain.ops.attention.max_logits``; on a GPU without waiting for it."""
+    ids = None if document_ids is None else document_ids.to(torch.int64).contiguous()
+    op = torch.ops.kimi_pretrain.max_logits
+    maxima: Tensor = op(q.contiguous(), k.contiguous(), scale, ids, chosen.contiguous())
+    return maxima
 
 
 def _dense(*tensors: Tensor) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Loads the library of csrc/, once, and says why where it cannot."""
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +23,16 @@ def missing() -> str | None:
         return f"the library does not load: {error}"
     register()
     return None
+
+
+def obstacle(ops: Sequence[str], device: str) -> str | None:
+    """Why the library cannot run all of ``ops`` on ``device``, or None."""
+    absent = missing()
+    if absent is not None:
+        return absent
+    if all(has_kernel(op, device) for op in ops):
+        return None
+    return f"the library was built without it for {device}"
 
 
 def has_kernel(op: str, device: str) -> bool:

@@ -8,6 +8,7 @@ from torch.library import register_autograd, register_fake
 
 from kimi_pretrain.ops.fp8_tiles import TILE
 from kimi_pretrain.ops.main_grad import deliver
+from kimi_pretrain.ops.saved import named
 
 
 def register() -> None:
@@ -25,6 +26,7 @@ def register() -> None:
         summed_rows,
         weighted_rows,
         weighted_rows_backward,
+        max_logits,
     ):
         register_fake(f"kimi_pretrain::{shape_rule.__name__}", shape_rule)
     register_autograd("kimi_pretrain::swiglu", _swiglu_gradient, setup_context=_keep_gate_up)
@@ -106,6 +108,13 @@ def weighted_rows_backward(
     return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
 
 
+def max_logits(
+    q: Tensor, k: Tensor, scale: float, document_ids: Tensor | None, chosen: Tensor
+) -> Tensor:
+    """[batch, heads, length, width] twice, [batch, length], [heads] -> [heads] fp32."""
+    return q.new_empty(chosen.shape, dtype=torch.float32)
+
+
 # ---- derivatives --------------------------------------------------------------------------
 
 
@@ -120,13 +129,14 @@ def _swiglu_gradient(ctx: Any, grad: Tensor) -> Tensor:
 
 
 def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _ = inputs
+    x, ctx.weight, _ = inputs  # a weight that is saved comes back without its main gradient
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, weight, output[1])
+    named("norm_in", output[1])
+    ctx.save_for_backward(x, output[1])
 
 
 def _norm_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
-    x, weight, scale = ctx.saved_tensors
+    (x, scale), weight = ctx.saved_tensors, ctx.weight
     backward = torch.ops.kimi_pretrain.rms_norm_backward
     grad_x, grad_weight = backward(grad.contiguous(), x, weight, scale)
     return grad_x, deliver(weight, grad_weight), None

@@ -118,6 +118,26 @@ def test_every_e4m3_byte_comes_back(doors: Any, backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_e4m3_byte_by_any_scale_is_rounded_once(
+    doors: Any, backend: str, dtype: torch.dtype
+) -> None:
+    """Catches the short way through 16 products where it does not hold: results that bf16 cannot
+    hold as normal numbers, scales of zero and infinity, the sign of zero."""
+    every = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    finite = every[(every & 0x7F) != 0x7F]
+    mantissas = torch.tensor([1.0, 1.0 + 2.0**-8, 1.171875, 1.99609375, 1.9999999])
+    powers = torch.arange(-126, 120).double().exp2().float()
+    scale = (mantissas[:, None] * powers).flatten()
+    scale = torch.cat([scale, torch.tensor([0.0, 2.0**-100, 2.0**100, torch.inf])])
+    rows = torch.cat([finite[::2], finite[:1]]), torch.cat([finite[1::2], finite[:1]])
+    for row in rows:  # 128 bytes each: one tile a scale
+        q = row.view(torch.float8_e4m3fn).expand(len(scale), 128).contiguous()
+        back = torch.empty(q.shape, dtype=dtype)
+        doors(f"dequantise_tiles_{backend}_{SUFFIX[dtype]}", q, scale, back, *q.shape)
+        assert same(back, fp8_tiles.dequantise_tiles(q, scale[:, None], dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_error_is_within_e4m3s_bound(dtype: torch.dtype) -> None:
     """Catches a scale that clips, or that wastes E4M3's range: 2^-4, or 2^-10 of the scale."""
     x = hard_rows(512, dtype)

@@ -45,6 +45,8 @@ REGISTERS = {
     "take_rows_kernel": 40,
     "weighted_rows_backward_kernel": 48,
     "weighted_rows_kernel": 48,
+    "max_logits_kernel": 80,  # bound by arithmetic: 16 sums a thread, three blocks at once
+    "largest_logits_kernel": 40,
     "dequantise_tiles_kernel": 40,
     "quantise_tiles_kernel": 40,
 }

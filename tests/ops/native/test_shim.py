@@ -9,8 +9,10 @@ import pytest
 import torch
 
 BARRIERS = [
-    ("cuda/block_sum.cuh", "__syncthreads();  // all partial sums are written"),
-    ("cuda/block_sum.cuh", "__syncthreads();  // all have been read: the next call may write"),
+    ("cuda/block_reduce.cuh", "__syncthreads();  // all partial results are written"),
+    ("cuda/block_reduce.cuh", "__syncthreads();  // all have been read: the next call may write"),
+    ("cuda/max_logits.cuh", "__syncthreads();  // the columns are there"),
+    ("cuda/max_logits.cuh", "__syncthreads();  // they have been read: the next may be written"),
     ("cuda/rms_norm.cuh", "__syncthreads();  // every group's sum is written"),
 ]
 
@@ -31,6 +33,24 @@ def backward_is_right(doors: Any, seed: int) -> bool:
     return all(close)
 
 
+def logits_are_right(doors: Any, seed: int) -> bool:
+    """The largest logits through the shim: three tiles of keys, three of columns."""
+    random = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 1, 150, 40, generator=random) for _ in range(2))
+    partial, largest = torch.empty(3), torch.empty(1)
+    doors("simt_seed", seed)
+    chosen = torch.ones(1, dtype=torch.bool)
+    doors("max_logits_cuda_fp32", q, k, 0, chosen, 1.0, partial, largest, 1, 1, 150, 40)
+    hidden = torch.ones(150, 150, dtype=torch.bool).triu(1)
+    logits = (q[0, 0] @ k[0, 0].t()).masked_fill(hidden, -torch.inf)
+    each = torch.stack([part.max() for part in logits.split(64)])  # of 64 queries
+    return torch.allclose(partial, each) and torch.allclose(largest, logits.max())
+
+
+def are_right(doors: Any, seed: int) -> bool:
+    return backward_is_right(doors, seed) and logits_are_right(doors, seed)
+
+
 def test_every_barrier_is_listed(csrc: Any) -> None:
     """Catches a barrier that nobody has shown to matter."""
     found = [
@@ -48,12 +68,12 @@ def test_a_missing_barrier_gives_a_wrong_result(
 ) -> None:
     """Catches a shim under which threads happen to run in the order that hides a race."""
     without = compile_copy(file, barrier, "")
-    assert not all(backward_is_right(without, seed) for seed in range(3))
+    assert not all(are_right(without, seed) for seed in range(3))
 
 
 def test_the_source_as_it_is_gives_the_right_result(doors: Any) -> None:
     """Catches a reference of the test above that is wrong by itself."""
-    assert all(backward_is_right(doors, seed) for seed in range(3))
+    assert all(are_right(doors, seed) for seed in range(3))
 
 
 def test_a_barrier_that_not_all_reach_is_reported(doors: Any) -> None:
