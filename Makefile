@@ -20,7 +20,7 @@ CSRC      := $(shell find csrc -type f -not -name '*.pyc')
 HAS_TORCH := -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-slurm system lint format bench gpu-check clean
+.PHONY: help train test test-slow test-slurm system dry-run-presets presets lint format bench gpu-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -43,6 +43,12 @@ system:  ## Debian packages of the launchers' tests (root; without them those ar
 	@if ! which slurmctld munged ip >/dev/null; then apt-get -qq update && \
 	    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
 	    slurm-wlm munge iproute2 >/dev/null; fi
+
+dry-run-presets: $(VENV)/dev  ## run whole steps of the presets on some ranks, without memory (minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python docs/presets/pages.py --dry-run
+
+presets: $(VENV)/dev  ## write the plans and pictures of docs/presets anew
+	@OMP_NUM_THREADS=1 $(BIN)/python docs/presets/pages.py
 
 lint: $(VENV)/dev  ## ruff and mypy
 	$(BIN)/ruff check .

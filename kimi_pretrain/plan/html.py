@@ -36,7 +36,7 @@ _NODES = 160
 _STYLE = (
     "body{font:14px/1.5 system-ui,sans-serif;color:#1f2328;max-width:1160px;margin:2em auto;"
     "padding:0 1em}pre{font-size:12.5px;line-height:1.35;overflow-x:auto}h2{font-size:1.1em;"
-    "margin-top:1.8em}svg text{font:11px system-ui,sans-serif;fill:#1f2328}"
+    "margin-top:1.8em}"
 )
 
 
@@ -54,9 +54,9 @@ def plan_page(plan: Plan, short: Shortage | None, budget: float) -> str:
             "<h2>Memory of every pipeline rank</h2>",
             *memory_svg(plan),
             f"<h2>The beginning of a step of {plan.step.seconds:.2f} s</h2>",
-            *timeline_svg(timeline, *_window(timeline, end=False)),
+            *timeline_svg(timeline, *beginning(timeline)),
             "<h2>Its end</h2>",
-            *timeline_svg(timeline, *_window(timeline, end=True)),
+            *timeline_svg(timeline, *_end(timeline)),
             "<h2>The plan</h2>",
             f"<pre>{text}</pre></body></html>\n",
         ]
@@ -124,14 +124,15 @@ def timeline_svg(timeline: Timeline, start: float, end: float) -> Iterator[str]:
     yield "</svg>"
 
 
-def _window(timeline: Timeline, *, end: bool) -> tuple[float, float]:
-    """The part of a step in which a rank runs at most so many nodes."""
-    most = 1
-    for rank in range(len(timeline.ranks)):
-        most = max(most, sum(1 for _ in _nodes(timeline, rank)))
+def beginning(timeline: Timeline, nodes: int = _NODES) -> tuple[float, float]:
+    """Seconds in which a rank runs at most so many nodes."""
+    most = max(1, *(sum(1 for _ in _nodes(timeline, rank)) for rank in range(len(timeline.ranks))))
+    return 0.0, (timeline.seconds or 1.0) * min(1.0, nodes / most)
+
+
+def _end(timeline: Timeline) -> tuple[float, float]:
     whole = timeline.seconds or 1.0
-    length = whole * min(1.0, _NODES / most)
-    return (whole - length, whole) if end else (0.0, length)
+    return whole - beginning(timeline)[1], whole
 
 
 def _nodes(timeline: Timeline, rank: int) -> Iterator[tuple[str, float, float]]:
@@ -154,7 +155,8 @@ def _nodes(timeline: Timeline, rank: int) -> Iterator[tuple[str, float, float]]:
 def _svg(height: float, label: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height:.0f}" width="100%" '
-        f'role="img" aria-label="{escape(label)}">'
+        f'role="img" aria-label="{escape(label)}" style="background:#fff">'
+        f"<style>text{{font:11px system-ui,sans-serif;fill:{_INK}}}</style>"
     )
 
 
