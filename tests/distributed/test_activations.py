@@ -11,7 +11,7 @@ from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.parallel.world import World, open_world
 from kimi_pretrain.plan.activations import Setting, stage_kept
-from kimi_pretrain.plan.in_flight import most_held
+from kimi_pretrain.plan.in_flight import held_along
 from kimi_pretrain.train.schedule import stages_of
 from tests.distributed.ranks import run_ranks
 from tests.distributed.setting import LENGTH, RATE, configuration, open_step, part_of
@@ -122,8 +122,8 @@ def weigh_each(rank: int, world_size: int, schedule: str, vpp: int) -> dict[str,
         step.run(1, part_of(world), RATE)
         setting = Setting.of(config, micro_batch_size(config))
         kept = [stage_kept(setting, layers) for layers in stages_of(config)]
-        held = most_held(step.executor.schedule, world.pp.index, kept)
-        results[name] = max(weighed), held.device
+        moments = held_along(step.executor.schedule, world.pp.index, kept)
+        results[name] = max(weighed), max(held.device for held in moments)
     return results
 
 
