@@ -1,5 +1,6 @@
 """One rank's step, run without memory, and what was counted on the way."""
 
+import gc
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -128,7 +129,11 @@ def dry_run_rank(config: Config, rank: int) -> RankRun:
             {s: message for s in step.model.chunks if s and schedule.placement[s - 1] != here}
         )
         step.executor.observe = watch.observe
-        step.run(1, _batch(config), _LEARNING_RATE)
+        gc.freeze()  # a collection need not look at what torch's import made, again and again
+        try:
+            step.run(1, _batch(config), _LEARNING_RATE)
+        finally:
+            gc.unfreeze()
     optimizer = step.optimizer
     buckets = optimizer.buffers.buckets
     offloader = step.executor.activations.offloader

@@ -27,21 +27,25 @@ _Find = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 
 class Shapes:
-    """Calls operations on tensors of device meta, or repeats what they gave."""
+    """Operations that write or make, on tensors of device meta: called once, then repeated."""
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[_Spec, ...]] = {}
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """``func(*args, **kwargs)`` of an operation that writes or makes."""
-        key = func, _key(args), _key(tuple(kwargs.items())) if kwargs else ()
-        known = self._known.get(key)
+        """``func(*args, **kwargs)``, to be repeated; all tensors among its operands are unknown."""
+        key = _call_key(func, args, kwargs)
+        result = func(*args, **kwargs)
+        results = result if isinstance(result, tuple) else (result,)
+        if key == _call_key(func, args, kwargs):  # no operand was resized
+            self._known[key] = tuple((x.shape, x.stride(), x.dtype) for x in results)
+        return result
+
+    def repeat(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What ``call`` gave for operands of the same shapes; NotImplemented where it gave none."""
+        known = self._known.get(_call_key(func, args, kwargs))
         if known is None:
-            result = func(*args, **kwargs)
-            results = result if isinstance(result, tuple) else (result,)
-            if key == (func, _key(args), _key(tuple(kwargs.items()))):  # no operand was resized
-                self._known[key] = tuple((x.shape, x.stride(), x.dtype) for x in results)
-            return result
+            return NotImplemented
         if (written := written_by(func)) is not None:
             return written(args, kwargs)
         made = [
@@ -83,10 +87,14 @@ def written_by(func: Any) -> _Find | None:
     return None
 
 
+def _call_key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func, _key(args), _key(tuple(kwargs.items())) if kwargs else ()
+
+
 def _key(value: Any) -> Any:
     """What decides a result's shape, hashable."""
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype
+        return value.shape, value.stride(), value.dtype, value.is_meta
     if isinstance(value, (tuple, list)):
         return tuple([_key(inner) for inner in value])
     return value.__class__, value  # 1, 1.0 and True are equal, and promote differently

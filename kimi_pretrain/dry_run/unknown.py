@@ -57,6 +57,12 @@ class Unknown(TorchDispatchMode):  # type: ignore[no-untyped-call]
         does = effect(func)
         if does is Effect.VIEWS:
             return func(*args, **kwargs)
+        if does is not Effect.ELSE:
+            result = self._shapes.repeat(func, args, kwargs)
+            if result is not NotImplemented:
+                if does is Effect.MAKES:
+                    self._show(result)
+                return result
         unknown = real = False
         for tensor in _tensors(args, kwargs):
             if tensor.is_meta:
@@ -68,9 +74,12 @@ class Unknown(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             result = self._of_unknown(func, does, args, kwargs, real)
         if does is not Effect.WRITES:
-            for tensor in _tensors((result,), {}):
-                self.memory.show(tensor)
+            self._show(result)
         return result
+
+    def _show(self, result: Any) -> None:
+        for tensor in _tensors((result,), {}):
+            self.memory.show(tensor)
 
     def _of_unknown(self, func: Any, does: Effect, args: Any, kwargs: Any, real: bool) -> Any:
         if func in _READS and (read := _READS[func](args, kwargs)) is not NotImplemented:
