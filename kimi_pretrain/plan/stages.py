@@ -1,20 +1,23 @@
 """Which layers a pipeline stage holds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from math import inf
 
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import ModelConfig, ParallelConfig
+from kimi_pretrain.plan.flops import HEAD_MIN_TOKENS, head_products
 from kimi_pretrain.plan.parameters import attention_parameters
 
 
 def split_layers(model: ModelConfig, parallel: ParallelConfig) -> list[range]:
     """The layers of every stage, as ``parallel.layer_split`` says.
 
-    ``balanced`` weighs a layer by the larger of its shares of the model's time (parameters
-    that a token passes) and of a rank's memory (parameters that a rank holds), the embedding
-    and the head included.
+    ``balanced`` takes of all splits those whose slowest stage is fastest (time: parameters that
+    a token is multiplied by, and how often), of these those whose fullest stage holds least
+    (memory: parameters that a rank holds), and of these the most even. Embedding and head count.
 
     Raises:
         ConfigError: more stages than layers.
@@ -36,25 +39,28 @@ def split_layers(model: ModelConfig, parallel: ParallelConfig) -> list[range]:
     always = attention + model.n_shared_experts * expert
     held = model.n_routed_experts // parallel.ep
     vocabulary = model.vocab_size * model.hidden_size
-    layers = [
-        (attention + dense, attention + dense)
-        if layer < model.first_k_dense_replace
-        else (always + model.num_experts_per_tok * expert, always + held * expert)
-        for layer in range(model.num_hidden_layers)
-    ]
-    time = sum(layer[0] for layer in layers) + vocabulary
-    memory = sum(layer[1] for layer in layers) + 2 * vocabulary
-    costs = tuple(max(layer[0] / time, layer[1] / memory) for layer in layers)
-    last = max(vocabulary / time, vocabulary / memory)
-    return list(_balanced(costs, stages, vocabulary / memory, last))
+    first = min(model.first_k_dense_replace, model.num_hidden_layers)
+    moe = model.num_hidden_layers - first
+    time = always + model.num_experts_per_tok * expert
+    # Layers are multiplied three times in all, the head four where backward needs logits again.
+    head = vocabulary * sum(head_products(model, HEAD_MIN_TOKENS)) / 3
+    return list(
+        _balanced(
+            Loads((attention + dense,) * first + (time,) * moe, 0.0, head),
+            Loads(
+                (attention + dense,) * first + (always + held * expert,) * moe,
+                vocabulary,
+                vocabulary,
+            ),
+            stages,
+        )
+    )
 
 
 @cache
-def _balanced(
-    costs: tuple[float, ...], stages: int, first: float, last: float
-) -> tuple[range, ...]:
+def _balanced(time: "Loads", memory: "Loads", stages: int) -> tuple[range, ...]:
     """``balanced_layers``, once for all the layouts that a search tries."""
-    return tuple(balanced_layers(costs, stages, first, last))
+    return tuple(balanced_layers(time, stages, memory))
 
 
 def stage_layers(layers: int, stages: int) -> list[range]:
@@ -90,20 +96,36 @@ def stage_layers(layers: int, stages: int) -> list[range]:
     return ranges
 
 
-def balanced_layers(
-    costs: Sequence[float], stages: int, first_extra: float = 0.0, last_extra: float = 0.0
-) -> list[range]:
-    """Consecutive layers of each stage so that the costliest stage costs least.
+@dataclass(frozen=True)
+class Loads:
+    """What layers cost, and the ends of the pipeline besides: seconds, bytes, any measure."""
 
-    A pipeline is as slow as its slowest stage, and a run needs the memory of its fullest. Any
-    measure does: seconds, bytes, or of each layer the larger of its shares of both. Of the
-    splits with that least maximum it is the most even one (least sum of squares).
+    layers: tuple[float, ...]  # [layers], at least 0
+    first: float = 0.0  # the embedding
+    last: float = 0.0  # the norm, the head and the loss
+
+    def of(self, stages: int) -> Callable[[int, int, int], float]:
+        """(stage, start, stop) -> what layers start .. stop - 1 cost as that one of ``stages``."""
+        before = [0.0, *accumulate(self.layers)]
+
+        def load(stage: int, start: int, stop: int) -> float:
+            extra = (stage == 0) * self.first + (stage == stages - 1) * self.last
+            return before[stop] - before[start] + extra
+
+        return load
+
+
+def balanced_layers(time: Loads, stages: int, memory: Loads | None = None) -> list[range]:
+    """Consecutive layers of each stage so that the slowest stage is fastest.
+
+    A pipeline is as slow as its slowest stage, and a run needs the memory of its fullest: of the
+    splits with the least maximum of time, those with the least maximum of memory, and of these
+    the most even one in time (least sum of squares).
 
     Args:
-        costs: [layers] of each layer, at least 0.
+        time: of the layers.
         stages: of the pipeline, pp x vpp.
-        first_extra: cost of what the first stage does besides its layers: the embedding.
-        last_extra: cost of what the last stage does besides: the norm, the head and the loss.
+        memory: of the layers; None: it does not matter.
 
     Returns:
         [stages] ranges that follow each other from 0 to ``layers``; none is empty.
@@ -111,24 +133,24 @@ def balanced_layers(
     Raises:
         ConfigError: more stages than layers.
     """
-    layers = len(costs)
+    layers = len(time.layers)
     if not 1 <= stages <= layers:
         rule = f"every stage (parallel.pp x parallel.vpp) holds one of the model's {layers} layers"
         raise ConfigError("pipeline stages", stages, rule, f"{min(max(stages, 1), layers)} stages")
-    before = [0.0]  # [layers + 1] cost of the layers before
-    for cost in costs:
-        before.append(before[-1] + cost)
+    slow, full = time.of(stages), (memory or Loads((0.0,) * layers)).of(stages)
+    rounding = 1 + 1e-9  # sums in another order may differ in their last digits
+    slowest, _ = _partition(layers, stages, lambda most, *stage: max(most, slow(*stage)))
+    in_time = slowest * rounding
 
-    def size(stage: int, start: int, stop: int) -> float:
-        extra = (stage == 0) * first_extra + (stage == stages - 1) * last_extra
-        return before[stop] - before[start] + extra
+    def fullest_in_time(most: float, *stage: int) -> float:
+        return max(most, full(*stage)) if slow(*stage) <= in_time else inf
 
-    least, _ = _partition(layers, stages, lambda total, *stage: max(total, size(*stage)))
-    limit = least * (1 + 1e-9)  # sums in another order may differ in their last digits
+    fullest, _ = _partition(layers, stages, fullest_in_time)
+    in_memory = fullest * rounding
 
     def squares(total: float, *stage: int) -> float:
-        cost = size(*stage)
-        return total + cost * cost if cost <= limit else inf
+        fits = slow(*stage) <= in_time and full(*stage) <= in_memory
+        return total + slow(*stage) ** 2 if fits else inf
 
     _, ranges = _partition(layers, stages, squares)
     return ranges

