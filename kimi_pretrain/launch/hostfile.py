@@ -28,6 +28,7 @@ from kimi_pretrain.launch.verdict import worst
 LOOK_SECONDS = 0.2
 AGAIN_SECONDS = 5.0  # before a host that failed is tried again
 SSH_FAILED = 255
+KILL_SECONDS = 40.0  # torchrun gives ranks 30
 LEAVE_SECONDS = 120.0  # from the first host's end for good to everybody's
 # A host that ended so would only do it again.
 _FOR_GOOD = (exit_codes.DONE, exit_codes.BAD_INPUT, exit_codes.GUARD, exit_codes.SIGNAL)
@@ -46,7 +47,7 @@ def launch(arguments: Sequence[str], config: Config, dry_run: bool) -> int:
         sys.stdout.writelines(f"{shlex.join(command)}\n" for command in commands)
         return exit_codes.DONE
     hold_run_dir(Path(config.run_dir)).close()
-    with _stopping(_Hosts(commands, config.launcher.max_restarts)) as hosts:
+    with _stopping(RunningHosts(commands, config.launcher.max_restarts)) as hosts:
         return hosts.run()
 
 
@@ -107,7 +108,7 @@ def _remote(
 
 
 @dataclass
-class _Hosts:
+class RunningHosts:
     """One ssh a host. A host that fails while others run is started again; torchrun on the
     others waits for it, and all ranks go on from the last checkpoint."""
 
@@ -126,7 +127,7 @@ class _Hosts:
         try:
             while self.running or self.again:
                 time.sleep(LOOK_SECONDS)
-                self._look()
+                self.look()
                 if deadline is None and self.codes:
                     deadline = time.monotonic() + LEAVE_SECONDS
                 if deadline is not None and time.monotonic() > deadline:
@@ -147,7 +148,8 @@ class _Hosts:
             self.commands[host], stdin=subprocess.PIPE, start_new_session=True
         )
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Take note of hosts that ended, and start those that are due again."""
         for host, process in list(self.running.items()):
             code = process.poll()
             if code is None:
@@ -164,22 +166,29 @@ class _Hosts:
         others = bool(self.running) and not self.codes
         if code in _FOR_GOOD or host == 0 or self.stopping or not self.restarts or not others:
             self.codes[host] = exit_codes.PEER if code < 0 or code == SSH_FAILED else code
-            if host == 0 and code not in (exit_codes.DONE, exit_codes.SIGNAL):
-                for process in self.running.values():
-                    _tell(process, None)
+            if host == 0:
+                self._without_rendezvous(code)
             return
         self.restarts -= 1
         self.again[host] = time.monotonic() + AGAIN_SECONDS
         target = self.commands[host][-2]
         sys.stderr.write(f"kimi-pretrain: {target} ended with code {code}; starting it again\n")
 
+    def _without_rendezvous(self, code: int) -> None:
+        """The others stop by themselves where ranks left together, and have to be told else."""
+        self.again.clear()
+        if code not in (exit_codes.DONE, exit_codes.SIGNAL):
+            for process in self.running.values():
+                _tell(process, None)
+
     def _end(self) -> None:
         """Nobody stays: hosts that have not ended are told, and in the end not asked."""
         for process in self.running.values():
             _tell(process, None)
+        deadline = time.monotonic() + KILL_SECONDS
         for host, process in self.running.items():
             try:
-                code = process.wait(timeout=40)  # torchrun gives ranks 30 seconds
+                code = process.wait(timeout=max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 code = process.wait()
@@ -198,7 +207,7 @@ def _tell(process: subprocess.Popen[bytes], word: bytes | None) -> None:
 
 
 @contextmanager
-def _stopping(hosts: _Hosts) -> Iterator[_Hosts]:
+def _stopping(hosts: RunningHosts) -> Iterator[RunningHosts]:
     numbers = (signal.SIGTERM, signal.SIGINT)
     previous = [signal.signal(number, hosts.stop) for number in numbers]
     try:
