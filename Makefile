@@ -20,7 +20,7 @@ CSRC      := $(shell find csrc -type f -not -name '*.pyc')
 HAS_TORCH := -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-slurm system dry-run-presets presets lint format bench gpu-check clean
+.PHONY: help train test test-slow test-slurm docker-check system dry-run-presets presets lint format bench gpu-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
