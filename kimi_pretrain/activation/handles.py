@@ -22,7 +22,12 @@ class Handle(Protocol):
 
     @property
     def parts(self) -> list[Tensor]:
-        """The device tensors that it holds now."""
+        """The device tensors that it holds until it is loaded, and that may leave."""
+        ...
+
+    @property
+    def loaded(self) -> Tensor | None:
+        """What ``load`` made and keeps beside them."""
         ...
 
     def load(self) -> Tensor:
@@ -60,6 +65,7 @@ class Keep:
     def __init__(self, tag: str, tensor: Tensor) -> None:
         self.tag = tag
         self.parts = [whole(tensor)]
+        self.loaded = None  # it is the part itself
 
     def load(self) -> Tensor:
         return self.parts[0]
@@ -85,14 +91,14 @@ class Fp8Tile:
         self.tag = tag
         self.parts = [*quantise(rows.detach())]
         self._dequantise, self._dtype = dequantise, rows.dtype
-        self._loaded: Tensor | None = None
+        self.loaded: Tensor | None = None
 
     def load(self) -> Tensor:
-        if self._loaded is None:
+        if self.loaded is None:
             codes, scale = self.parts
-            self._loaded = self._dequantise(codes, scale, self._dtype).view(-1)
+            self.loaded = self._dequantise(codes, scale, self._dtype).view(-1)
             self.parts = []
-        return self._loaded
+        return self.loaded
 
 
 class Chain:
@@ -101,17 +107,16 @@ class Chain:
     def __init__(self, make: Callable[..., Any], inputs: Sequence[Ref]) -> None:
         self._make: Callable[..., Any] | None = make
         self._inputs = inputs
-        self._results: list[Tensor] = []
+        self.made: list[Tensor] = []
 
     def results(self) -> list[Tensor]:
         """The storages of all results, flat; the inputs are let go."""
         if self._make is not None:
-            make, self._make = self._make, None
             with torch.no_grad(), saving(None):
-                made = make(*[ref.load() for ref in self._inputs])
-            self._inputs = ()
-            self._results = [whole(x) for x in ((made,) if isinstance(made, Tensor) else made)]
-        return self._results
+                made = self._make(*[ref.load() for ref in self._inputs])
+            self.made = [whole(x) for x in ((made,) if isinstance(made, Tensor) else made)]
+            self._make, self._inputs = None, ()
+        return self.made
 
 
 class Recompute:
@@ -122,6 +127,10 @@ class Recompute:
     def __init__(self, tag: str, chain: Chain, index: int) -> None:
         self.tag = tag
         self._chain, self._index = chain, index
+
+    @property
+    def loaded(self) -> Tensor | None:
+        return self._chain.made[self._index] if self._chain.made else None
 
     def load(self) -> Tensor:
         return self._chain.results()[self._index]

@@ -67,6 +67,10 @@ class Offload:
     def parts(self) -> list[Tensor]:
         return self.inner.parts
 
+    @property
+    def loaded(self) -> Tensor | None:
+        return self.inner.loaded
+
     def load(self) -> Tensor:
         """As the inner handle's, once what comes back is here.
 
@@ -139,11 +143,19 @@ class Offloader:
         self._number = 0
 
     def leave(self, handles: Iterable[Offload]) -> Ticket | None:
-        """Begin to copy what is on the device to the host; what finds no room waits for it."""
-        going = [handle for handle in handles if handle.state is State.HERE and handle.parts]
+        """Begin to copy what is on the device to the host; what finds no room waits its turn.
+
+        What is larger than the whole slab stays, and what is empty has nothing to copy: an expert
+        that nobody chose.
+        """
         sent = []
-        for handle in going:
-            if not self._reserve(handle):
+        for handle in handles:
+            size = needed(handle.parts)
+            if handle.state is not State.HERE or not size:
+                continue
+            if size > self.slab.spans.capacity:
+                self.moved.stayed += size
+            elif self._queued or not self._reserve(handle):
                 handle.move(State.QUEUED)
                 self._queued.append(weakref.ref(handle))
             else:

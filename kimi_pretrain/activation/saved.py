@@ -123,10 +123,11 @@ class Saved:
                 handle.load()
 
     def device_bytes(self) -> dict[str, int]:
-        """Bytes that lie on the device, by tag."""
+        """Bytes that lie on the device, by tag: kept, or already made again for a backward."""
         total: dict[str, int] = {}
         for handle in self.handles():
-            size = sum(part.nbytes for part in handle.parts)
+            made = [] if handle.loaded is None else [handle.loaded]
+            size = sum(part.nbytes for part in [*handle.parts, *made])
             if size:
                 total[handle.tag] = total.get(handle.tag, 0) + size
         return total

@@ -185,6 +185,8 @@ class ActivationConfig:
     policy: str = "none"  # none | k2 | custom
     # of custom: tag -> keep | recompute | fp8 | offload | fp8+offload; tags left out are kept
     tags: dict[str, str] = field(default_factory=dict)
+    # what is computed again is, before the gradient is there: sooner, and in memory for longer
+    ahead: bool = False
     host_bytes: int | None = None  # for what leaves the device, a rank; null: what the plan says
 
 

@@ -39,7 +39,10 @@ def validate(config: Config) -> None:
     _data(config.data)
     _logging(config.logging)
     _parallel(config.parallel)
-    policies(config.activation)
+    chosen = policies(config.activation)
+    rule = f"activation.policy={config.activation.policy} computes nothing again"
+    again = any(policy.recompute for policy in chosen.values())
+    _require(again or not config.activation.ahead, "activation.ahead", True, rule, "activation=k2")
     if config.activation.host_bytes is not None:
         _at_least("activation.host_bytes", config.activation.host_bytes, 1)
     validate_launcher(config.launcher)

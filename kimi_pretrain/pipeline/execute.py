@@ -154,6 +154,7 @@ class _Step:
             self._overlap(node.forward, node.backward)
         else:
             _DO[node.kind](self, node)
+        self._weigh()
         if computes and self.offloader is not None:
             self.offloader.settle(leaving)
 

@@ -62,6 +62,7 @@ class Segment:
     """Bytes of what a stage computes between two all-to-alls of its forward."""
 
     kept: float  # for backward, on the device until it leaves
+    again: float  # computed again; on the device only after a RECOMPUTE
     inputs: float  # of matrix products: they wait for W on the device, whatever their policy
 
 
@@ -98,13 +99,13 @@ class Kept:
 
 def layer_kept(setting: Setting, moe: bool) -> dict[str, float]:
     """Bytes a token that one layer keeps, on the device or the host, with balanced routing."""
-    kept = _kept(setting, _phases(setting, moe))
+    kept = _kept(setting, layer_phases(setting, moe))
     return kept.stays | kept.leaves
 
 
 def layer_leaves(setting: Setting, moe: bool) -> float:
     """Bytes a token of one layer that may leave the device."""
-    return _kept(setting, _phases(setting, moe)).host
+    return _kept(setting, layer_phases(setting, moe)).host
 
 
 def stage_kept(setting: Setting, layers: range) -> Kept:
@@ -114,7 +115,7 @@ def stage_kept(setting: Setting, layers: range) -> Kept:
     if layers.start == 0:
         parts[0]["tokens"] = float(INT64 * tokens)
     for layer in layers:
-        attend, *rest = _phases(setting, layer >= model.first_k_dense_replace)
+        attend, *rest = layer_phases(setting, layer >= model.first_k_dense_replace)
         _add(parts[-1], attend, tokens)
         for phase in rest:
             parts.append({})
@@ -136,17 +137,27 @@ def _kept(setting: Setting, parts: Sequence[Sizes]) -> Kept:
     stays, leaves, again = Sizes(), Sizes(), Sizes()
     segments = []
     for part in parts:
-        size = 0.0
+        size = made = 0.0
         for tag, full in part.items():
             policy = setting.policies.get(tag, Policy())
             if policy.recompute:
                 _add(again, {tag: full}, 1)
+                made += full
             elif full:
                 here = full * FP8 / BF16 if policy.fp8 else full
                 _add(leaves if policy.offload else stays, {tag: here}, 1)
                 size += here
-        segments.append(Segment(size, sum(part.get(tag, 0.0) for tag in PRODUCT_INPUTS)))
+                if policy.fp8 and tag == "swiglu_in" and _feeds_a_chain(setting):
+                    _add(again, {tag: full - here}, 1)  # what its output is computed from
+                    made += full - here
+        inputs = sum(part.get(tag, 0.0) for tag in PRODUCT_INPUTS)
+        segments.append(Segment(size, made, inputs))
     return Kept(stays, leaves, again, tuple(segments))
+
+
+def _feeds_a_chain(setting: Setting) -> bool:
+    """Whether SwiGLU runs again from its input."""
+    return any(setting.policies[tag].recompute for tag in ("swiglu_out", "expert_down_in"))
 
 
 def _add(total: Sizes, sizes: Mapping[str, float], times: float) -> None:
@@ -154,7 +165,7 @@ def _add(total: Sizes, sizes: Mapping[str, float], times: float) -> None:
         total[tag] = total.get(tag, 0.0) + size * times
 
 
-def _phases(setting: Setting, moe: bool) -> list[Sizes]:
+def layer_phases(setting: Setting, moe: bool) -> list[Sizes]:
     """Bytes a token of one layer by tag: of its one phase, or of attend, expert and combine."""
     attention = _attention(setting)
     return (

@@ -11,7 +11,7 @@ from kimi_pretrain.config.schema import Config, ModelConfig
 from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.parallel.topology import Topology
 from kimi_pretrain.pipeline.costs import Costs, Extra, Phases
-from kimi_pretrain.plan.activations import Setting, layer_leaves
+from kimi_pretrain.plan.activations import FP8, Setting, layer_leaves, layer_phases
 from kimi_pretrain.plan.communication import all_to_all, message
 from kimi_pretrain.plan.flops import (
     head_flops,
@@ -45,8 +45,15 @@ def run_costs(config: Config, layers: Sequence[range], hardware: Hardware) -> Co
     any_moe = model.first_k_dense_replace < model.num_hidden_layers
     forward, backward, weight = _layer(config, setting, any_moe, hardware)
     way = sends if any_moe else 0.0
+    again = _again(setting, any_moe, hardware)
+    ahead = config.activation.ahead  # RECOMPUTE nodes have it, else the backward
     forward = Phases(forward.attend, way, forward.expert, way)
-    backward = Phases(backward.attend, way, backward.expert, way)
+    backward = Phases(
+        backward.attend + again.attend * (not ahead),
+        way,
+        backward.expert + again.expert * (not ahead),
+        way,
+    )
     counts = [len(part) for part in layers]
     first = _embedding(model, tokens, hardware)
     apart = min(model.first_k_dense_replace, counts[0] - 1) if any_moe else 0
@@ -74,6 +81,7 @@ def run_costs(config: Config, layers: Sequence[range], hardware: Hardware) -> Co
         p2p=message(config, topology, hardware, tokens).seconds(hardware),
         offload=copies,
         prefetch=copies,
+        recompute=again.compute * ahead,
     )
 
 
@@ -88,21 +96,50 @@ def _layer(
     attention = tokens * flops.attention / hardware.attention
     products = tokens * (flops.dense / hardware.matmul + flops.routed / hardware.grouped_matmul)
     outer, inner = tokens * around / hardware.memory, tokens * inside / hardware.memory
-    again = 0.0
-    if setting.policies["mla_up"].recompute:
-        again = tokens * up_projection_flops(model) / hardware.matmul
+    codes = tokens * _fp8_traffic(setting, moe) / hardware.memory  # each way
     outside, experts = _weights(model, moe, config.parallel.ep)
     return (
-        Phases(attend=projections + attention + outer, expert=products + inner),
+        Phases(attend=projections + attention + outer, expert=products + inner + codes),
         Phases(
-            attend=projections + ATTENTION_BACKWARD * attention + BACKWARD_TRAFFIC * outer + again,
-            expert=products + BACKWARD_TRAFFIC * inner,
+            attend=projections + ATTENTION_BACKWARD * attention + BACKWARD_TRAFFIC * outer,
+            expert=products + BACKWARD_TRAFFIC * inner + codes,
         ),
         Phases(
             attend=max(projections, ACCUMULATION_BYTES * outside / hardware.memory),
             expert=max(products, ACCUMULATION_BYTES * experts / hardware.memory),
         ),
     )
+
+
+def _again(setting: Setting, moe: bool, hardware: Hardware) -> Phases:
+    """What a layer's policies compute again for one microbatch."""
+    model, policies = setting.model, setting.policies
+    hidden, latents = model.hidden_size, model.kv_lora_rank + (model.q_lora_rank or 0)
+    attend = inside = 0.0  # bytes a token
+    flops = 0
+    if policies["norm_out"].recompute:
+        attend += 2 * BF16 * (2 * hidden + latents)
+    if policies["mla_up"].recompute:
+        flops = up_projection_flops(model)
+        attend += 2 * _full(setting, moe, "mla_up")
+    if moe and policies["router_in"].recompute:
+        attend += 3 * BF16 * hidden
+    for tag in ("swiglu_out", "expert_down_in"):
+        if policies[tag].recompute:
+            inside += 3 * _full(setting, moe, tag)
+    compute = flops / hardware.matmul + attend / hardware.memory
+    return Phases(attend=setting.tokens * compute, expert=setting.tokens * inside / hardware.memory)
+
+
+def _fp8_traffic(setting: Setting, moe: bool) -> float:
+    """Bytes a token that are read and written to bring a layer's tensors to FP8, or back."""
+    tags = [tag for tag, policy in setting.policies.items() if policy.fp8]
+    return sum(_full(setting, moe, tag) * (1 + FP8 / BF16) for tag in tags)
+
+
+def _full(setting: Setting, moe: bool, tag: str) -> float:
+    """Bytes a token of a layer's tensors as they are before a policy."""
+    return sum(phase.get(tag, 0.0) for phase in layer_phases(setting, moe))
 
 
 def _traffic(model: ModelConfig, moe: bool) -> tuple[float, float]:

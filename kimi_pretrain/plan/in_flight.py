@@ -42,6 +42,7 @@ def held_along(schedule: Schedule, rank: int, kept: Sequence[Kept]) -> list[Held
     device: dict[Place, float] = {}  # where something is, however little
     owed: dict[Place, float] = {}  # gradients of outputs, from I to W
     leaving: list[Place] = []
+    ahead: set[Place] = set()  # computed again already
     now = host = 0.0
     moments = []
     for node in schedule.ranks[rank]:
@@ -49,7 +50,12 @@ def held_along(schedule: Schedule, rank: int, kept: Sequence[Kept]) -> list[Held
         here = set(device)
         if leaves(node)[0].kind in COMPUTE:
             computes = True
-            most += _most_within([_changes(leaf, kept[leaf.stage]) for leaf in _in_turn(node)])
+            most += _most_within(
+                [
+                    _changes(leaf, kept[leaf.stage], (leaf.stage, leaf.microbatch) in ahead)
+                    for leaf in _in_turn(node)
+                ]
+            )
         for leaf in leaves(node):
             place, stage = (leaf.stage, leaf.microbatch), kept[leaf.stage]
             after = device.get(place, 0.0)
@@ -64,6 +70,7 @@ def held_along(schedule: Schedule, rank: int, kept: Sequence[Kept]) -> list[Held
                         after += stage.host
                 case Kind.RECOMPUTE:
                     after += sum(stage.again.values())
+                    ahead.add(place)
                 case Kind.OFFLOAD:
                     leaving.append(place)
                     host += stage.host
@@ -96,15 +103,18 @@ def _in_turn(node: Node) -> list[Action]:
     return list(reversed(leaves(node)))
 
 
-def _changes(action: Action, kept: Kept) -> list[float]:
-    """What an action adds to the device, segment by segment."""
+def _changes(action: Action, kept: Kept, ahead: bool) -> list[float]:
+    """What an action adds to the device, segment by segment.
+
+    ``ahead``: what it would compute again is there already, and goes with the rest.
+    """
     match action.kind:
         case Kind.F:
             return [segment.kept for segment in kept.segments]
         case Kind.I:
-            return [segment.inputs - segment.kept for segment in reversed(kept.segments)]
+            return [s.inputs - s.kept - s.again * ahead for s in reversed(kept.segments)]
         case Kind.B:
-            return [-segment.kept for segment in reversed(kept.segments)]
+            return [-s.kept - s.again * ahead for s in reversed(kept.segments)]
         case _:
             return []
 

@@ -21,6 +21,9 @@ from kimi_pretrain.plan.layout_report import (
 from kimi_pretrain.plan.run_schedule import RunSchedule
 from kimi_pretrain.plan.totals import ModelTotals
 
+# Room on the host over balanced routing's: a rank whose experts are chosen more often keeps more.
+HOST_MARGIN = 1.25
+
 COMPONENTS = (
     "parameters",
     "gradients",
@@ -57,7 +60,7 @@ class RankMemory:
     fragmentation: float
     microbatches: int  # (stage, microbatch) kept on the device at its most
     tags: dict[str, float]  # of one microbatch on all of the rank's stages
-    host: float  # offloaded activations
+    host: float  # reserved for offloaded activations
 
     @property
     def total(self) -> float:
@@ -121,24 +124,32 @@ def rank_memory(
             for tag, size in (kept[stage].stays | kept[stage].leaves).items():
                 tags[tag] = tags.get(tag, 0.0) + size
         flying = _flying(config, setting, run, rank)
-        moving = held.device + held.gradients + flying
+        slab = host_slab(config, held.host)
+        here = held.device + max(0.0, held.host - slab)  # what finds no room stays
+        moving = here + held.gradients + flying
         ranks.append(
             RankMemory(
                 rank=rank,
                 parameters=fixed.parameters,
                 gradients=fixed.gradients,
                 optimizer=fixed.optimizer,
-                activations=held.device,
+                activations=here,
                 weight_gradients=held.gradients,
                 communication=flying,
                 reserved=hardware.reserved_bytes,
                 fragmentation=hardware.fragmentation * moving,
                 microbatches=held.microbatches,
                 tags=tags,
-                host=held.host,
+                host=slab,
             )
         )
     return ranks
+
+
+def host_slab(config: Config, most: float) -> float:
+    """Bytes of host memory that a rank reserves, which has ``most`` there at once in bf16."""
+    size = config.activation.host_bytes
+    return HOST_MARGIN * most if size is None else float(size)
 
 
 def _flying(config: Config, setting: Setting, run: RunSchedule, rank: int) -> float:

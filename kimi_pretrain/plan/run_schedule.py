@@ -10,7 +10,7 @@ from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.config.validate import validate_training
 from kimi_pretrain.pipeline.actions import COPIES, Kind, Schedule, leaves
 from kimi_pretrain.pipeline.errors import MicrobatchError
-from kimi_pretrain.pipeline.passes import insert_offload, insert_p2p
+from kimi_pretrain.pipeline.passes import insert_offload, insert_p2p, insert_recompute
 from kimi_pretrain.pipeline.schedules import generate, one_f_one_b
 from kimi_pretrain.pipeline.shape import looped_placement, v_placement
 from kimi_pretrain.pipeline.transfers import has_p2p
@@ -46,7 +46,7 @@ def run_schedule(config: Config) -> RunSchedule:
 
 
 def complete(schedule: Schedule, activation: ActivationConfig) -> Schedule:
-    """A schedule with its messages, and with offloads where the policy wants them.
+    """A schedule with its messages, and with offloads and recomputations as the policy wants them.
 
     What is in it already stays as it is: a file may place both itself.
 
@@ -63,7 +63,11 @@ def complete(schedule: Schedule, activation: ActivationConfig) -> Schedule:
             key = "activation.policy"
             raise ConfigError(key, activation.policy, f"of {schedule.name}: {rule}", f"{key}=k2")
     schedule = with_messages(schedule)
-    return insert_offload(schedule) if offloads(activation) and not has & COPIES else schedule
+    if offloads(activation) and not has & COPIES:
+        schedule = insert_offload(schedule)
+    if activation.ahead and Kind.RECOMPUTE not in has:
+        schedule = insert_recompute(schedule)
+    return schedule
 
 
 def named_schedule(config: Config) -> Schedule:

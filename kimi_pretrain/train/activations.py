@@ -16,10 +16,8 @@ from kimi_pretrain.ops.registry import select
 from kimi_pretrain.pipeline.actions import Schedule
 from kimi_pretrain.plan.activations import Setting, stage_kept
 from kimi_pretrain.plan.in_flight import most_held
+from kimi_pretrain.plan.memory import host_slab
 
-# The plan counts balanced routing; a rank whose experts are chosen more often keeps more. What
-# finds no room stays on the device.
-HOST_MARGIN = 1.25
 _PLANNED_BYTES = 2  # of an element: plans are in bf16
 
 
@@ -55,7 +53,7 @@ def open_activations(
         if size is None:
             setting = Setting.of(config, micro_batch_size(config))
             held = most_held(schedule, rank, [stage_kept(setting, part) for part in layers])
-            size = ceil(held.host * HOST_MARGIN * dtype.itemsize / _PLANNED_BYTES)
+            size = ceil(host_slab(config, held.host) * dtype.itemsize / _PLANNED_BYTES)
         offloader = Offloader(device, size)
     return Activations(
         chosen,

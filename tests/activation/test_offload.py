@@ -190,3 +190,34 @@ def test_several_parts_share_a_span() -> None:
     back: list[Tensor] = handle.inner.parts
     assert torch.equal(back[0], codes)
     assert torch.equal(back[1], scale)
+
+
+def test_what_is_empty_takes_no_room() -> None:
+    """Catches an expert that nobody chose: its span of no bytes is given back twice."""
+    engine = Offloader(CPU, 2 * 4096)
+    nothing = Offload(Keep("expert_up_in", torch.empty(0, 8)))
+    first, second = kept(1.0), kept(2.0)
+    for handle in (first, nothing, second):
+        away(engine, handle)
+    assert nothing.state is State.HERE
+    engine.fetch([second, nothing, first])
+    assert nothing.load().numel() == 0
+    assert (float(first.load()[0]), float(second.load()[0])) == (1.0, 2.0)
+    assert engine.slab.spans.used == 0
+
+
+def test_who_waits_for_room_is_not_overtaken_and_what_never_fits_stays() -> None:
+    """Catches a large tensor that small ones keep from ever leaving, or that keeps all others."""
+    engine = Offloader(CPU, 2 * 4096)
+    huge = Offload(Keep("norm_in", torch.zeros(5000)))
+    large = Offload(Keep("norm_in", torch.zeros(2000)))
+    first, small = kept(1.0), kept(2.0)
+    engine.leave([huge, first, large, small])
+    states = [handle.state for handle in (huge, first, large, small)]
+    assert states == [State.HERE, State.LEAVING, State.QUEUED, State.QUEUED]
+    assert engine.moved.stayed >= 20_000
+    engine.settle(engine.mark())
+    engine.fetch([first])
+    assert (large.state, small.state) == (State.LEAVING, State.QUEUED)
+    engine.fetch([huge, large, small])
+    assert huge.load().numel() == 5000

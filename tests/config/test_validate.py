@@ -122,6 +122,7 @@ IN_ONE_GROUP: list[tuple[str, dict[str, Any], str, str]] = [
         "activation.tags.norm_in",
         "activation.tags.norm_in=",
     ),
+    ("activation", {"ahead": True}, "activation.ahead", "activation=k2"),
     ("activation", {"host_bytes": 0}, "activation.host_bytes", "activation.host_bytes=1"),
 ]
 

@@ -10,6 +10,7 @@ from kimi_pretrain.config.activation import PRESETS, TAGS
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.parallel.world import World, open_world
+from kimi_pretrain.pipeline.passes import insert_recompute
 from kimi_pretrain.plan.activations import Setting, stage_kept
 from kimi_pretrain.plan.in_flight import held_along
 from kimi_pretrain.train.schedule import stages_of
@@ -110,13 +111,17 @@ WHOLE: dict[str, Policy] = {"none": {}, **POLICIES, "k2": PRESETS["k2"]}
 MORE = [("gpipe", 1), ("zb_h1", 1), ("dualpipe_v", 2)]
 
 
-def weigh_each(rank: int, world_size: int, schedule: str, vpp: int) -> dict[str, tuple[int, float]]:
+def weigh_each(
+    rank: int, world_size: int, schedule: str, vpp: int, ahead: bool
+) -> dict[str, tuple[int, float]]:
     """The most bytes that backwards waited for, and what the plan says, by policy."""
     world, results = None, {}
     for name, tags in WHOLE.items():
         config = configured(schedule, vpp, tags, "precision=bf16", *WIDE)
         world = world or open_world(config.parallel)
         step = open_step(config, torch.bfloat16, world)
+        if ahead and "recompute" in tags.values():
+            step.executor.schedule = insert_recompute(step.executor.schedule)
         weighed: list[int] = []
         step.executor.weigh = lambda sizes, told=weighed: told.append(sum(sizes.values()))  # type: ignore[misc]
         step.run(1, part_of(world), RATE)
@@ -127,9 +132,16 @@ def weigh_each(rank: int, world_size: int, schedule: str, vpp: int) -> dict[str,
     return results
 
 
-@pytest.mark.parametrize(("schedule", "vpp"), [*SCHEDULES, *MORE])
-def test_the_plan_is_what_is_held(schedule: str, vpp: int) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "vpp", "ahead"),
+    [
+        *((name, vpp, False) for name, vpp in [*SCHEDULES, *MORE]),
+        ("1f1b", 1, True),
+        ("k2", 2, True),
+    ],
+)
+def test_the_plan_is_what_is_held(schedule: str, vpp: int, ahead: bool) -> None:
     """Catches a tag that the plan forgets or counts twice, and what is freed late or never."""
-    for rank, results in enumerate(run_ranks(4, weigh_each, schedule, vpp, timeout=240)):
+    for rank, results in enumerate(run_ranks(4, weigh_each, schedule, vpp, ahead, timeout=240)):
         for name, (real, planned) in results.items():
             assert real == pytest.approx(planned, rel=0.03), f"{schedule}, {name}, rank {rank}"

@@ -13,7 +13,7 @@ from kimi_pretrain.plan.in_flight import held_along, most_held
 
 def leaving(*sizes: float) -> list[Kept]:
     """[stages] one segment each, all of it inputs of products and free to leave."""
-    return [Kept({}, {"x": size}, {"y": 2.0}, (Segment(size, size),)) for size in sizes]
+    return [Kept({}, {"x": size}, {"y": 2.0}, (Segment(size, 2.0, size),)) for size in sizes]
 
 
 @pytest.mark.parametrize(
@@ -56,17 +56,19 @@ def held(row: str, kept: Kept) -> list[tuple[float, float]]:
 
 def test_a_pair_frees_one_while_it_fills_the_other() -> None:
     """Catches a pair that is planned with all of both microbatches."""
-    kept = Kept({"x": 6.0}, {}, {}, (Segment(1.0, 0.0), Segment(3.0, 0.0), Segment(2.0, 0.0)))
+    kept = Kept(
+        {"x": 6.0}, {}, {}, (Segment(1.0, 0.0, 0.0), Segment(3.0, 0.0, 0.0), Segment(2.0, 0.0, 0.0))
+    )
     row = "0F0,(0F1;0B0)OVERLAP_F_B,0B1"
     # Backwards 2, 3, 1 go and forwards 1, 3, 2 come: 6 - 2 + 1 - 3 + 3 - 1 + 2.
     assert held(row, kept) == [(6.0, 0.0), (6.0, 0.0), (6.0, 0.0)]
-    lopsided = Kept({"x": 6.0}, {}, {}, (Segment(5.0, 0.0), Segment(1.0, 0.0)))
+    lopsided = Kept({"x": 6.0}, {}, {}, (Segment(5.0, 0.0, 0.0), Segment(1.0, 0.0, 0.0)))
     assert held(row, lopsided)[1] == (10.0, 0.0)
 
 
 def test_inputs_of_products_wait_for_w() -> None:
     """Catches a split backward that is planned to free everything, or nothing, at I."""
-    kept = Kept({"x": 6.0}, {}, {}, (Segment(2.0, 1.0), Segment(4.0, 1.5)))
+    kept = Kept({"x": 6.0}, {}, {}, (Segment(2.0, 0.0, 1.0), Segment(4.0, 0.0, 1.5)))
     assert held("0F0,0I0,0W0,0F1,0I1,0W1", kept)[:4] == [
         (6.0, 0.0),
         (6.0, 0.0),
@@ -77,7 +79,7 @@ def test_inputs_of_products_wait_for_w() -> None:
 
 def test_what_leaves_and_comes_back_along_a_row() -> None:
     """Catches bytes that are freed before the copy, or not there again in time."""
-    kept = Kept({"stays": 1.0}, {"leaves": 4.0}, {"again": 2.0}, (Segment(5.0, 0.0),))
+    kept = Kept({"stays": 1.0}, {"leaves": 4.0}, {"again": 2.0}, (Segment(5.0, 2.0, 0.0),))
     row = "0F0,0OFFLOAD0,0F1,0F2,0B2,0PREFETCH0,0B1,0RECOMPUTE0,0B0"
     assert held(row, kept) == [
         (5.0, 0.0),
@@ -96,7 +98,7 @@ def test_what_leaves_and_comes_back_along_a_row() -> None:
 
 def test_weight_gradients_that_wait_add_up() -> None:
     """Catches schedules that put several W off planned with the gradients of one."""
-    kept = Kept({"x": 6.0}, {}, {}, (Segment(6.0, 1.0),), until_w=4.0, layers=2)
+    kept = Kept({"x": 6.0}, {}, {}, (Segment(6.0, 0.0, 1.0),), until_w=4.0, layers=2)
     for row, most in (("0F0,0F1,0I0,0I1,0W0,0W1", 8.0), ("0F0,0I0,0W0,0F1,0B1", 4.0)):
         moments = held_along(Schedule.from_text([row]), 0, [kept])
         assert max(moment.gradients for moment in moments) == most

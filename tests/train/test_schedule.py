@@ -81,6 +81,8 @@ def test_a_policy_that_offloads_puts_the_copies_in(tmp_path: Path) -> None:
     assert "OFFLOAD" not in "".join(
         training_schedule(_config(*overrides[:2], "parallel.schedule=k2")).to_text()
     )
+    ahead = training_schedule(_config(*overrides, "parallel.schedule=k2", "activation.ahead=true"))
+    assert "RECOMPUTE" in "\n".join(ahead.to_text())
     file = tmp_path / "rows"
     file.write_text(text)
     again = training_schedule(_config(*overrides, f"parallel.schedule_file={file}"))
