@@ -114,21 +114,22 @@ class RunningHosts:
 
     commands: list[list[str]]
     restarts: int
-    stopping: bool = False
+    heard: int = 0  # signals to stop
+    told: int = 0  # of those, how many the hosts were told of
     running: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
-    codes: dict[int, int] = field(default_factory=dict)
+    codes: dict[int, int] = field(default_factory=dict)  # of hosts that do not run
     again: dict[int, float] = field(default_factory=dict)  # host -> when to start it again
 
     def run(self) -> int:
         """Start all, wait for all; returns the exit code that says why the run ended."""
-        for host in range(len(self.commands)):
-            self._start(host)
         deadline: float | None = None
         try:
-            while self.running or self.again:
+            for host in range(len(self.commands)):
+                self._start(host)
+            while (self.running or self.again) and self.told < 2:
                 time.sleep(LOOK_SECONDS)
                 self.look()
-                if deadline is None and self.codes:
+                if deadline is None and self._gone():
                     deadline = time.monotonic() + LEAVE_SECONDS
                 if deadline is not None and time.monotonic() > deadline:
                     break
@@ -137,19 +138,13 @@ class RunningHosts:
         return worst(self.codes.values())
 
     def stop(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler: the first asks every host to stop in order, the next does not ask."""
-        again, self.stopping = self.stopping, True
-        self.again.clear()
-        for process in self.running.values():
-            _tell(process, None if again else STOP)
-
-    def _start(self, host: int) -> None:
-        self.running[host] = subprocess.Popen(
-            self.commands[host], stdin=subprocess.PIPE, start_new_session=True
-        )
+        """Signal handler. It only counts: it may come while a host is being started or told."""
+        self.heard += 1
 
     def look(self) -> None:
-        """Take note of hosts that ended, and start those that are due again."""
+        """Pass signals on, take note of hosts that ended, start those that are due again."""
+        while self.told < self.heard:
+            self._pass_on()
         for host, process in list(self.running.items()):
             code = process.poll()
             if code is None:
@@ -161,23 +156,38 @@ class RunningHosts:
                 del self.again[host]
                 self._start(host)
 
+    def _start(self, host: int) -> None:
+        self.running[host] = subprocess.Popen(
+            self.commands[host], stdin=subprocess.PIPE, start_new_session=True
+        )
+        self.codes.pop(host, None)
+
+    def _pass_on(self) -> None:
+        """The first signal asks every host to stop in order, the next does not ask."""
+        self.again.clear()
+        for process in self.running.values():
+            _tell(process, None if self.told else STOP)
+        self.told += 1
+
+    def _gone(self) -> bool:
+        """Whether a host has ended for good."""
+        return bool(self.codes.keys() - self.again.keys())
+
     def _ended(self, host: int, code: int) -> None:
         # The first host holds the rendezvous: without it the others have nowhere to meet.
-        others = bool(self.running) and not self.codes
-        if code in _FOR_GOOD or host == 0 or self.stopping or not self.restarts or not others:
-            self.codes[host] = exit_codes.PEER if code < 0 or code == SSH_FAILED else code
-            if host == 0:
-                self._without_rendezvous(code)
+        final = code in _FOR_GOOD or host == 0 or self.heard > 0
+        final = final or not self.restarts or not self.running or self._gone()
+        self.codes[host] = _code(code)
+        if not final:
+            self.restarts -= 1
+            self.again[host] = time.monotonic() + AGAIN_SECONDS
+            target = self.commands[host][-2]
+            line = f"kimi-pretrain: {target} ended with code {code}; starting it again\n"
+            sys.stderr.write(line)
             return
-        self.restarts -= 1
-        self.again[host] = time.monotonic() + AGAIN_SECONDS
-        target = self.commands[host][-2]
-        sys.stderr.write(f"kimi-pretrain: {target} ended with code {code}; starting it again\n")
-
-    def _without_rendezvous(self, code: int) -> None:
-        """The others stop by themselves where ranks left together, and have to be told else."""
-        self.again.clear()
-        if code not in (exit_codes.DONE, exit_codes.SIGNAL):
+        self.again.clear()  # the run needs all its hosts
+        # The others stop by themselves where ranks left together, and have to be told else.
+        if host == 0 and code not in (exit_codes.DONE, exit_codes.SIGNAL):
             for process in self.running.values():
                 _tell(process, None)
 
@@ -188,11 +198,17 @@ class RunningHosts:
         deadline = time.monotonic() + KILL_SECONDS
         for host, process in self.running.items():
             try:
-                code = process.wait(timeout=max(0.1, deadline - time.monotonic()))
+                code = process.wait(timeout=max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                process.kill()
+                # All of its session: what a wrapper of ssh started would hold our output open.
+                os.killpg(process.pid, signal.SIGKILL)
                 code = process.wait()
-            self.codes[host] = exit_codes.PEER if code < 0 else code
+            self.codes[host] = _code(code)
+
+
+def _code(code: int) -> int:
+    """What a host's end counts as: one that was killed, or that ssh lost, is a lost peer."""
+    return exit_codes.PEER if code < 0 or code == SSH_FAILED else code
 
 
 def _tell(process: subprocess.Popen[bytes], word: bytes | None) -> None:
