@@ -37,7 +37,7 @@ def configured(schedule: str, vpp: int, tags: Policy, *overrides: str) -> Config
         "parallel.pp=2",
         f"parallel.vpp={vpp}",
         f"parallel.schedule={schedule}",
-        f"activation.policy={'custom' if tags else 'none'}",
+        f"activation={'custom' if tags else 'none'}",
         "optimizer.qk_clip_threshold=0.001",
         "parallel.router_weights=before_down",
         *policy,
@@ -145,3 +145,25 @@ def test_the_plan_is_what_is_held(schedule: str, vpp: int, ahead: bool) -> None:
     for rank, results in enumerate(run_ranks(4, weigh_each, schedule, vpp, ahead, timeout=240)):
         for name, (real, planned) in results.items():
             assert real == pytest.approx(planned, rel=0.03), f"{schedule}, {name}, rank {rank}"
+
+
+def train_with_idle_experts(rank: int, world_size: int) -> list[float]:
+    """All tokens of every layer choose experts of one rank, in turn of the other."""
+    config = configured(
+        "k2", 2, {}, "precision=bf16", "activation=k2", "optimizer.router_bias_rate=0"
+    )
+    world = open_world(config.parallel)
+    step = open_step(config, torch.bfloat16, world)
+    for number, (_, bias) in enumerate(step.model.hf_named_buffers()):
+        bias.zero_()[4 * (number % 2) :][:4] += 10.0
+    losses = [step.run(number, part_of(world), RATE).loss for number in (1, 2)]
+    assert step.executor.activations.offloader is not None
+    assert step.executor.activations.offloader.slab.spans.used == 0
+    return losses
+
+
+def test_experts_that_nobody_chose_train() -> None:
+    """Catches a rank that ends because it has nothing to copy, quantise or multiply."""
+    first, *others = run_ranks(4, train_with_idle_experts, timeout=120)
+    assert all(losses == first for losses in others)
+    assert first[1] < first[0]
