@@ -10,14 +10,21 @@ down-projection; bf16.
 
 Memory is counted, not estimated: every storage that an operation of the step makes, kept or
 passing, until it is freed, counts while it lives; the host's slab does not, as on a GPU. What is
-counted is the same on every run. Time is measured apart, without the counting, the two sides
-alternating in one process; copies run in a thread beside the compute.
+counted is the same on every run. The process's own peak is held against the plan: what one more
+microbatch adds to the resident memory of a process that only computes forwards, over the bytes
+that `plan` gives a layer (without offload, which on a CPU moves bytes within one memory).
+
+Time is measured apart, without the counting, the two sides alternating in one process; copies run
+in a thread beside the compute.
 """
 
 import argparse
+import multiprocessing
+import resource
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,13 +37,14 @@ from benchmarks.report_lines import print_header, spread
 from kimi_pretrain.activation.offload import Offloader
 from kimi_pretrain.activation.saved import Activations
 from kimi_pretrain.config import compose
-from kimi_pretrain.config.activation import policies
+from kimi_pretrain.config.activation import PRESETS, policies
 from kimi_pretrain.config.schema import ActivationConfig, Config
 from kimi_pretrain.model.chunk import Chunk
 from kimi_pretrain.model.microbatch import Microbatch
 from kimi_pretrain.model.tape import ChunkTape, backward_steps, forward_steps, straight
 from kimi_pretrain.ops import registry
 from kimi_pretrain.parallel.dispatch import LocalDispatcher
+from kimi_pretrain.plan.activations import Setting, layer_kept
 
 CPU = torch.device("cpu")
 
@@ -86,7 +94,7 @@ class Stage:
         engine, tapes = activations.offloader, list[ChunkTape]()
         for _ in range(self.microbatches):
             mark = 0 if engine is None else engine.mark()
-            self._forward(activations, tapes)
+            self.forward(activations, tapes)
             if engine is not None:
                 engine.settle(mark)
                 # The last two would have to come back at once, as `insert_offload` knows.
@@ -97,7 +105,7 @@ class Stage:
                 engine.fetch(tapes[-2].saved.offloadable())
             straight(backward_steps(tapes.pop(), self.x, self.dispatcher))
 
-    def _forward(self, activations: Activations, tapes: list[ChunkTape]) -> None:
+    def forward(self, activations: Activations, tapes: list[ChunkTape]) -> None:
         keep, x = tapes.append, self.x.clone()  # as it arrives from the stage before
         straight(
             forward_steps(
@@ -123,6 +131,30 @@ def peak_bytes(step: Callable[[], None]) -> int:
     return live.peak
 
 
+def resident_growth(config: Config, policy: ActivationConfig) -> float:
+    """Bytes by which the resident peak of a process grows with each microbatch kept."""
+    few, many = 2, 34
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1, maxtasksperchild=1) as pool:
+        peaks = [pool.apply(_forward_peak, (config, policy, count)) for count in (few, many)]
+    return (peaks[1] - peaks[0]) / (many - few)
+
+
+def _forward_peak(config: Config, policy: ActivationConfig, microbatches: int) -> int:
+    torch.set_num_threads(1)
+    stage, tapes = Stage(config, microbatches), list[ChunkTape]()
+    activations = replace(opened("k2", 1), policies=policies(policy))
+    for _ in range(microbatches):
+        stage.forward(activations, tapes)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def planned(config: Config, policy: ActivationConfig) -> float:
+    """Bytes that the plan gives the layer for a microbatch."""
+    setting = Setting.of(replace(config, activation=policy), 1)
+    return sum(layer_kept(setting, moe=True).values()) * config.data.sequence_length
+
+
 def _hidden(dial: int) -> int:
     return compose(["model=k2_family", f"model.dial={dial}"]).model.hidden_size
 
@@ -145,6 +177,7 @@ def main() -> None:
             "model.num_experts_per_tok=8",
             # K2's 2,048 of 7,168; the family's small members have wider experts.
             f"model.moe_intermediate_size={_hidden(arguments.dial) * 2 // 7}",
+            "parallel.router_weights=before_down",
             f"data.sequence_length={arguments.length}",
         ]
     )
@@ -161,6 +194,19 @@ def main() -> None:
         stage.step(activations)  # warm
         peaks[name] = peak_bytes(lambda chosen=activations: stage.step(chosen))
         print(f"{name:5} peak {peaks[name] / 2**20:8.1f} MiB")
+    here = {
+        tag: text.replace("+offload", "").replace("offload", "keep")
+        for tag, text in PRESETS["k2"].items()
+    }
+    for name, policy in (
+        ("none", ActivationConfig()),
+        ("k2 without offload", ActivationConfig("custom", here)),
+    ):
+        grows, says = resident_growth(config, policy), planned(config, policy)
+        print(
+            f"{name}: a microbatch adds {grows / 2**20:.2f} MiB to the process, the plan says "
+            f"{says / 2**20:.2f}: {grows / says:.3f}"
+        )
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(arguments.rounds):
         for name in list(sides) if number % 2 else list(sides)[::-1]:

@@ -25,7 +25,7 @@ def look_at_host(config: Config, device: torch.device) -> dict[str, Any]:
     dtype = resolve(config.precision)
     driver, cards, why_none = gpus.look_at_gpus()
     ports, soft = fabric.rdma_ports(), limits.limits()
-    kernels = software.kernels(device, dtype)
+    kernels = software.kernels(config.kernels, device, dtype)
     checkpoint = count_parameters(config.model).total * _CHECKPOINT_BYTES
     run_disk, measured = disk.disk_finding(
         Path(config.run_dir), checkpoint, config.schedule.keep_checkpoints

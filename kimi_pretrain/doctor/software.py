@@ -48,9 +48,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Op -> which of its implementations a run takes here, and why not the native one."""
-    return explain("auto", device.type, dtype)
+def kernels(choice: str, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Op -> which of its implementations a run with ``kernels=choice`` takes here, and why."""
+    return explain(choice, device.type, dtype)
 
 
 def environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
