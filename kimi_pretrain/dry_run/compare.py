@@ -57,8 +57,8 @@ def _held(plan: Plan, run: RankRun) -> Iterator[Row]:
     for stage, size in sorted(run.kept.items()):
         yield Row(f"a microbatch keeps, stage {stage}", size, kept[stage].total)
     schedule = plan.run.schedule
-    if memory.host:
-        yield Row("on the host, most", run.host, memory.host)
+    if memory.offloaded:
+        yield Row("on the host, most", run.host, memory.offloaded)
     else:
         during = held_along(schedule, run.at.pp, kept)
         nodes = zip(schedule.ranks[run.at.pp], during, strict=True)

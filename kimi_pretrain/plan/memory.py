@@ -61,6 +61,7 @@ class RankMemory:
     microbatches: int  # (stage, microbatch) kept on the device at its most
     tags: dict[str, float]  # of one microbatch on all of the rank's stages
     host: float  # reserved for offloaded activations
+    offloaded: float  # of it in use at its most, with balanced routing
 
     @property
     def total(self) -> float:
@@ -141,6 +142,7 @@ def rank_memory(
                 microbatches=held.microbatches,
                 tags=tags,
                 host=slab,
+                offloaded=min(held.host, slab),
             )
         )
     return ranks
