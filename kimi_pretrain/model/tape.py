@@ -14,7 +14,7 @@ Driven straight through, the two are the forward and the backward of the same ph
 """
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from kimi_pretrain.activation.saved import Activations, Saved
 from kimi_pretrain.model.chunk import Chunk
 from kimi_pretrain.model.layer import Layer
 from kimi_pretrain.model.microbatch import Microbatch
-from kimi_pretrain.parallel.dispatch import Dispatcher, Flight, Route
+from kimi_pretrain.parallel.dispatch import Arrived, Dispatcher, Flight, Route
 
 
 class Stop(NamedTuple):
@@ -220,20 +220,20 @@ def _layer_forward(
     del rows, sent_weights, x
     yield Stop("dispatch", flight)
     arrived = flight.wait()
+    sizes, route = arrived.sizes, arrived.route  # not the rows: this frame lives until they return
 
     def expert(
-        residual: Tensor, hidden: Tensor, rows: Tensor, own: Tensor | None = None
+        residual: Tensor, hidden: Tensor, rows: Tensor, own: Tensor | None
     ) -> tuple[Tensor, ...]:
-        return layer.expert(residual, hidden, replace(arrived_, rows=rows, weights=own))
+        return layer.expert(residual, hidden, Arrived(rows, sizes, own, route))
 
-    arrived_ = replace(arrived, rows=arrived.rows[:0], weights=None)
-    tape.route = arrived.route
+    tape.route = route
     tape.expert, (residual, rows) = _run(
         saved, expert, residual, hidden, arrived.rows, arrived.weights
     )
     del arrived, hidden
     yield Stop("expert")
-    back = dispatcher.send_back(rows, None, tape.route)
+    back = dispatcher.send_back(rows, None, route)
     del rows
     yield Stop("combine", back)
     (returned, _) = back.wait()

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from kimi_pretrain.activation.saved import Activations, Saved
-from kimi_pretrain.config.schema import ModelConfig
+from kimi_pretrain.config.activation import policies
+from kimi_pretrain.config.schema import ActivationConfig, ModelConfig
 from kimi_pretrain.model.build import from_config
 from kimi_pretrain.model.causal_lm import CausalLM
 from kimi_pretrain.model.microbatch import Microbatch
@@ -31,7 +33,8 @@ LENGTH = 9
 
 def _microbatch(model: CausalLM) -> Microbatch:
     record = StepRecord.for_model(model.config, tau=1.0, aux_scale=1.0, dtype=torch.float64)
-    return Microbatch.build(model.config, LENGTH, torch.float64, torch.device("cpu"), None, record)
+    dtype = model.lm_head.weight.dtype
+    return Microbatch.build(model.config, LENGTH, dtype, torch.device("cpu"), None, record)
 
 
 def _loss(model: CausalLM, labels: Tensor) -> Callable[[Tensor], Tensor]:
@@ -70,15 +73,17 @@ def test_phases_between_detached_tensors_equal_one_graph(
 
 
 class Watching(LocalDispatcher):
-    """Tells which rows are still alive once they have been sent."""
+    """Tells which rows are still alive once they have been sent, and have arrived."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sent: list[weakref.ref[Tensor]] = []
+        self.arrived: list[StorageWeakRef] = []
 
     def dispatch(self, rows: Tensor, weights: Tensor | None, plan: DispatchPlan) -> Flight[Arrived]:
         self.sent.append(weakref.ref(rows))
         copy = rows.clone()  # as an all-to-all's output is
+        self.arrived.append(StorageWeakRef(copy.untyped_storage()))  # type: ignore[no-untyped-call]
         return super().dispatch(copy, weights, plan)
 
     def send_back(self, rows: Tensor, weights: Tensor | None, route: Any) -> Any:
@@ -100,6 +105,30 @@ def test_rows_are_freed_when_they_have_been_sent(tiny: TinyConfig) -> None:
     gc.collect()
     assert len(dispatcher.sent) >= 2
     assert all(reference() is None for reference in dispatcher.sent)
+
+
+def test_rows_stored_as_fp8_are_freed_before_their_results_fly(tiny: TinyConfig) -> None:
+    """Catches a view of what arrived, be it of no rows: it keeps all of them beside their FP8."""
+    dispatcher = Watching()
+    model = from_config(tiny(), dtype=torch.float32, dispatcher=dispatcher)
+    tokens = torch.randint(model.config.vocab_size, (1, LENGTH))
+    activations = Activations(policies(ActivationConfig("custom", {"expert_up_in": "fp8"})))
+    steps = forward_steps(
+        model,
+        tokens,
+        _microbatch(model),
+        dispatcher,
+        lambda tape: None,
+        _loss(model, tokens),
+        activations,
+    )
+    flying = 0
+    for stop in steps:
+        if stop.phase == "combine" and stop.flight is not None:
+            flying += 1
+            assert len(dispatcher.arrived) == flying
+            assert dispatcher.arrived[-1].expired()  # type: ignore[no-untyped-call]
+    assert flying > 0
 
 
 def _flights(steps: Steps) -> list[str]:
