@@ -80,8 +80,6 @@ void launch(const Tensor& x, Body body) {
 
 // ---- FP8 tiles ------------------------------------------------------------------------------
 
-inline int64_t tiles_of(int64_t width) { return (width + kTile - 1) / kTile; }
-
 inline void check_tiles(const Tensor& q, const Tensor& scale) {
   check_dense(q, "q");
   check_dense(scale, "scale");

@@ -125,6 +125,8 @@ KIMI_INLINE float float_from_e4m3(uint8_t q) {
 
 constexpr int kTile = 128;
 
+KIMI_INLINE int64_t tiles_of(int64_t width) { return (width + kTile - 1) / kTile; }
+
 struct TileScale {
   float scale;    // what dequantising multiplies by; NaN marks a tile with a NaN or an infinity
   float inverse;  // what quantising multiplies by

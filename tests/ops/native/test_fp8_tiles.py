@@ -64,7 +64,7 @@ def same(got: Tensor, want: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [128, 384, 1, 100, 129, 300])
+@pytest.mark.parametrize("width", [128, 384, 1, 100, 129, 300, 1024, 1500])
 def test_every_backend_gives_the_reference_bytes(
     doors: Any, backend: str, width: int, dtype: torch.dtype
 ) -> None:
@@ -83,18 +83,23 @@ def test_every_backend_gives_the_reference_bytes(
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("width", "at"), [(300, 299), (1500, 700), (1500, 1100), (1500, 1499)])
 def test_a_tile_with_nan_or_infinity_is_marked(
-    doors: Any, backend: str, dtype: torch.dtype, bad: float
+    doors: Any, backend: str, dtype: torch.dtype, bad: float, width: int, at: int
 ) -> None:
-    """Catches a broken activation that comes back as a plausible number, or spoils other tiles."""
-    x = torch.ones(3, 300, dtype=dtype)
-    x[1, 299] = bad
+    """Catches a broken activation that comes back as a plausible number, or spoils other tiles:
+    in a group of eight that the CPU takes together, in a tile of its own, in a ragged one."""
+    x = torch.ones(3, width, dtype=dtype)
+    x[1, at] = bad
+    tile = at // 128
     for q, scale in (quantised(doors, backend, x), fp8_tiles.quantise_tiles(x)):
-        marked = fp8_tiles.marked_tiles(scale)
-        assert marked.nonzero().tolist() == [[1, 2]]
-        back = fp8_tiles.dequantise_tiles(q, scale, dtype)
-        assert back[1, 256:].isnan().all()
-        assert back.isnan().sum() == 300 - 256
+        assert fp8_tiles.marked_tiles(scale).nonzero().tolist() == [[1, tile]]
+        back, behind = guarded(tuple(x.shape), dtype)
+        doors(f"dequantise_tiles_{backend}_{SUFFIX[dtype]}", q, scale, back, *x.shape)
+        assert (behind == 0x5A).all()
+        assert back[1, 128 * tile : 128 * (tile + 1)].isnan().all()
+        assert back.isnan().sum() == min(width - 128 * tile, 128)
+        assert back.nan_to_num(1.0).eq(1.0).all()
 
 
 def test_all_bf16_numbers_round_as_torch_rounds(doors: Any, backend: str) -> None:
