@@ -28,6 +28,7 @@ class LauncherConfig:
     """One way to start ranks. Keys of another launcher than ``name`` stay at their defaults."""
 
     name: str = "local"  # local | slurm | hostfile
+    check_memory: bool = True  # before ranks start, where the cluster's facts are known (plan)
     # slurm and hostfile
     ranks_per_node: int | None = None  # null: cluster.gpus_per_node, or the hostfile's slots
     port: int = 29400  # of the rendezvous, on the first node
