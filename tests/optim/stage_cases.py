@@ -1,5 +1,6 @@
-"""Stages to lay out: random small ones on up to 4,096 ranks, and Kimi K2's."""
+"""Stages to lay out: random small ones on up to 4,096 ranks, and Kimi K2's; what they lend."""
 
+from collections import Counter
 from functools import cache
 
 from hypothesis import strategies as st
@@ -56,3 +57,17 @@ def k2_layout(stage: int, edp: int) -> Layout:
     model = compose(["model=k2"]).model
     layers = stage_layers(model.num_hidden_layers, K2_PP)[stage]
     return plan_layout(stage_specs(model, layers, K2_EP), edp, K2_EP)
+
+
+def lent(layout: Layout) -> Counter[tuple[int, int, int]]:
+    """(ep index, from, to) of every expert matrix that is not its holder's."""
+    found: Counter[tuple[int, int, int]] = Counter()
+    for bucket in layout.buckets:
+        if bucket.group == "edp" and bucket.kind == "aligned":
+            for ep_index in range(layout.ep):
+                for number, matrix in enumerate(bucket.matrices):
+                    holder = matrix.offset // bucket.shard
+                    owner = bucket.owner(number, ep_index)
+                    if owner != holder:
+                        found[ep_index, holder, owner] += 1
+    return found

@@ -1,32 +1,16 @@
 """Owners: every matrix one, work even, lending only where it helps."""
 
-from collections import Counter
-
 import pytest
 from hypothesis import given, settings
 
 from kimi_pretrain.optim.layout import Layout, Spec, plan_layout
 from kimi_pretrain.optim.ownership import imbalance, newton_schulz_flops, work
-from tests.optim.stage_cases import K2_EDP, K2_EP, k2_layout, layouts
+from tests.optim.stage_cases import K2_EDP, K2_EP, k2_layout, layouts, lent
 
 
 def design_cost(rows: int, cols: int) -> int:
     """Design 4.5's: max x min^2."""
     return max(rows, cols) * min(rows, cols) ** 2
-
-
-def lent(layout: Layout) -> Counter[tuple[int, int, int]]:
-    """(ep index, from, to) of every expert matrix that is not its holder's."""
-    found: Counter[tuple[int, int, int]] = Counter()
-    for bucket in layout.buckets:
-        if bucket.group == "edp" and bucket.kind == "aligned":
-            for ep_index in range(layout.ep):
-                for number, matrix in enumerate(bucket.matrices):
-                    holder = matrix.offset // bucket.shard
-                    owner = bucket.owner(number, ep_index)
-                    if owner != holder:
-                        found[ep_index, holder, owner] += 1
-    return found
 
 
 def test_flops_of_a_newton_schulz_step() -> None:
