@@ -1,5 +1,6 @@
 """``kimi-pretrain launch local|slurm|hostfile``: ``train`` with a launcher, and its dry run."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from kimi_pretrain.config.nearest import nearest_name
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.launch import hostfile, local, submit
 from kimi_pretrain.launch.nodes import world_size
+from kimi_pretrain.plan.report import refusal
+from kimi_pretrain.plan.run_plan import memory_of_run, unplanned
+from kimi_pretrain.plan.shortage import shortage
 
 USAGE = f"""\
 usage: kimi-pretrain launch {"|".join(LAUNCHERS)} [--dry-run] [KEY=VALUE | GROUP=OPTION]...
@@ -59,13 +63,14 @@ def start(
         Their exit code, or 0 once a job is in the queue.
 
     Raises:
-        ConfigError: they do not fit their nodes, the run directory cannot be had, or the
-            configuration is of another ``launcher``.
+        ConfigError: they do not fit their nodes or their memory, the run directory cannot be
+            had, or the configuration is of another ``launcher``.
     """
     name = config.launcher.name
     if launcher not in (None, name):
         rule = f"launch {launcher} starts ranks by {launcher}"
         raise ConfigError("launcher", name, rule, f"kimi-pretrain launch {name}")
+    _require_memory(config)
     if name == "slurm":
         return submit.launch(arguments, config, dry_run)
     if name == "hostfile":
@@ -75,3 +80,17 @@ def start(
         raise ConfigError(_DRY_RUN, "launch local", rule, "train --cfg job --resolve")
     hold_run_dir(Path(config.run_dir)).close()  # refused here, before torchrun starts anything
     return local.launch("kimi_pretrain.train", arguments, world_size(config))
+
+
+def _require_memory(config: Config) -> None:
+    """Refuses ranks whose cluster is known, and known to be too small for them."""
+    if not config.launcher.check_memory:
+        return
+    unknown = unplanned(config)
+    if unknown is None:
+        short = shortage(config, memory_of_run(config))
+        if short is not None:
+            besides = ", or launcher.check_memory=false to start it all the same"
+            raise refusal(config, short, besides)
+    elif config.cluster.memory_bytes is not None:
+        sys.stderr.write(f"kimi-pretrain: memory is not checked: {unknown}\n")

@@ -13,7 +13,7 @@ from kimi_pretrain.parallel.topology import Topology
 from kimi_pretrain.plan.html import plan_page
 from kimi_pretrain.plan.layout_report import layout_report
 from kimi_pretrain.plan.layout_table import layout_data, layout_lines
-from kimi_pretrain.plan.report import plan_data, plan_lines
+from kimi_pretrain.plan.report import plan_data, plan_lines, refusal
 from kimi_pretrain.plan.run_plan import plan_run, token_budget
 from kimi_pretrain.plan.search import search
 from kimi_pretrain.plan.search_table import search_data, search_lines
@@ -37,7 +37,7 @@ def main(argv: Sequence[str], dry_run: DryRun) -> int:
         dry_run: runs ranks of the program without memory; it needs torch, a plan does not.
 
     Raises:
-        ConfigError: overrides that describe no run.
+        ConfigError: overrides that describe no run, or after its plan one that does not fit.
     """
     word = argv[0] if argv and argv[0] in _WORDS else None
     try:
@@ -98,13 +98,15 @@ def _plan(argv: Sequence[str], dry_run: DryRun) -> int:
         raise ConfigError("--ranks", arguments.ranks, "it belongs to --dry-run", "--dry-run")
     budget = _budget(arguments.tokens, config)
     plan = plan_run(config)
-    short = shortage(plan)
+    short = shortage(config, plan.memory)
     if arguments.html is not None:
         _write(Path(arguments.html), plan_page(plan, short, budget))
     if arguments.json:
         print(json.dumps(plan_data(plan, short, budget), indent=2))
     else:
         print("\n".join(plan_lines(plan, short, budget)))
+    if short is not None:
+        raise refusal(config, short)
     return DONE
 
 

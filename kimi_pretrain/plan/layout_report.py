@@ -111,6 +111,13 @@ class LayoutReport:
         return round(self.newton_schulz.mean * self.topology.pp * self.topology.dp)
 
 
+def require_muonclip(config: Config) -> None:
+    """Refuses another optimizer, whose state lies otherwise."""
+    if config.optimizer.name != "muonclip":
+        rule = "this layout is MuonClip's"
+        raise ConfigError("optimizer.name", config.optimizer.name, rule, "optimizer=muonclip")
+
+
 def layout_report(config: Config) -> LayoutReport:
     """The report of a run that ``config`` describes.
 
@@ -119,9 +126,7 @@ def layout_report(config: Config) -> LayoutReport:
             MuonClip.
     """
     parallel = config.parallel
-    if config.optimizer.name != "muonclip":
-        rule = "this layout is MuonClip's"
-        raise ConfigError("optimizer.name", config.optimizer.name, rule, "optimizer=muonclip")
+    require_muonclip(config)
     topology = Topology.of_config(parallel)
     layers = split_layers(config.model, parallel)
     # Ranks of the same shapes have the same layout but for names.

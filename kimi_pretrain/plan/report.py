@@ -5,8 +5,11 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
+from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.plan.communication import Bytes, all_to_all_bytes_per_token
+from kimi_pretrain.plan.hardware import Hardware
 from kimi_pretrain.plan.layout_table import si
 from kimi_pretrain.plan.memory import COMPONENTS, RankMemory
 from kimi_pretrain.plan.run_plan import Plan
@@ -79,6 +82,30 @@ def fit_lines(plan: Plan, short: Shortage | None) -> Iterator[str]:
             f"{more:+.0f} %, by their bounds"
         )
         yield f"  {change.costs}"
+
+
+def refusal(config: Config, short: Shortage, besides: str = "") -> ConfigError:
+    """A shortage as the error of a run that shall not start.
+
+    Args:
+        config: of the run.
+        short: what it lacks.
+        besides: what would help too, but a change of the run.
+    """
+    h = Hardware.of(config.cluster)
+    has = h.memory_bytes if short.place == "GPU" else h.host_memory_bytes
+    fix = "kimi-pretrain plan search on more GPUs"
+    if short.changes:
+        change = short.changes[0]
+        words = " ".join(change.overrides)
+        fix = f"{words} ({change.total / GB:.1f} GB on {change.gpus:,} GPUs)"
+    return ConfigError(
+        f"{short.place} memory of pipeline rank {short.rank} on {h.name}",
+        f"{(has + short.over) / GB:.1f} GB",
+        f"{short.over / GB:.1f} GB more than the {has / GB:g} there are; most of it is "
+        f"{LABELS[short.largest]}",
+        f"{fix}{besides}",
+    )
 
 
 def plan_data(plan: Plan, short: Shortage | None, budget: float) -> dict[str, Any]:
@@ -255,5 +282,5 @@ def _ranks(group: Sequence[RankMemory]) -> str:
     return f"rank {first}" if first == last else f"ranks {first}-{last}"
 
 
-def _gb(hardware: Any) -> str:
+def _gb(hardware: Hardware) -> str:
     return f"{hardware.memory_bytes / GB:g} GB"

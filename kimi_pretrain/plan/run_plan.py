@@ -14,7 +14,7 @@ from kimi_pretrain.plan.communication import Bytes, all_to_all, message
 from kimi_pretrain.plan.costs import run_costs
 from kimi_pretrain.plan.flops import newton_schulz_flops_per_step, training_flops_per_token
 from kimi_pretrain.plan.hardware import Hardware
-from kimi_pretrain.plan.layout_report import layout_report
+from kimi_pretrain.plan.layout_report import layout_report, require_muonclip
 from kimi_pretrain.plan.memory import RankMemory, rank_memory, static_of_layout
 from kimi_pretrain.plan.parameters import ParameterCount, count_parameters
 from kimi_pretrain.plan.run_schedule import RunSchedule, run_schedule
@@ -134,6 +134,28 @@ def plan_run(config: Config, run: RunSchedule | None = None) -> Plan:
         flops_per_token=training_flops_per_token(config.model, config.data.sequence_length),
         newton_schulz=newton_schulz_flops_per_step(config.model),
     )
+
+
+def memory_of_run(config: Config) -> tuple[RankMemory, ...]:
+    """[pp] what each rank holds, as in ``plan_run``, which takes longer to simulate the step too.
+
+    Raises:
+        ConfigError: as ``plan_run``.
+    """
+    precision_of(config)
+    hardware, run = Hardware.of(config.cluster), run_schedule(config)
+    return tuple(rank_memory(config, run, static_of_layout(layout_report(config)), hardware))
+
+
+def unplanned(config: Config) -> str | None:
+    """Why a run that can train has no plan, in one line; None where it has one."""
+    try:
+        precision_of(config)
+        require_muonclip(config)
+        Hardware.of(config.cluster)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def precision_of(config: Config) -> None:

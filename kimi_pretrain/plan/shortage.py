@@ -10,7 +10,7 @@ from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.plan.bound import most_tokens
 from kimi_pretrain.plan.hardware import Hardware
 from kimi_pretrain.plan.memory import COMPONENTS, RankMemory, rank_memory, static_without_padding
-from kimi_pretrain.plan.run_plan import Plan, fits
+from kimi_pretrain.plan.run_plan import fits
 from kimi_pretrain.plan.run_schedule import run_schedule
 
 NEAR = 1.1  # GPU-hours that differ by less than this are about the same
@@ -45,22 +45,22 @@ class _Step:
     apply: Callable[[Config], Config]
 
 
-def shortage(plan: Plan) -> Shortage | None:
-    """None where the plan fits."""
-    if plan.fits:
+def shortage(config: Config, memory: Sequence[RankMemory]) -> Shortage | None:
+    """What a run lacks whose ranks hold ``memory``, [pp]; None where it fits."""
+    hardware = Hardware.of(config.cluster)
+    if fits(memory, hardware):
         return None
-    hardware = plan.hardware
 
     def over(rank: RankMemory) -> float:
         host = rank.host - hardware.host_memory_bytes
         return max(rank.total - hardware.memory_bytes, host)
 
-    worst = max(plan.memory, key=over)
+    worst = max(memory, key=over)
     on_gpu = worst.total - hardware.memory_bytes >= worst.host - hardware.host_memory_bytes
     largest = max(COMPONENTS, key=lambda name: float(getattr(worst, name)))
     place = "GPU" if on_gpu else "host"
     what = largest if on_gpu else "activations"
-    return Shortage(worst.rank, place, over(worst), what, cheapest_changes(plan.config))
+    return Shortage(worst.rank, place, over(worst), what, cheapest_changes(config))
 
 
 def cheapest_changes(config: Config) -> tuple[Change, ...]:

@@ -92,6 +92,34 @@ def test_what_cannot_start_is_one_line(
     assert says in err
 
 
+def test_memory_that_does_not_fit_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches nodes that are rented to run out of memory, and a check that cannot be left out."""
+    monkeypatch.chdir(tmp_path)
+    tight = ("--dry-run", *SMALL, "cluster=h800", "cluster.memory_bytes=3e9")
+    code, out, err = _said(capsys, "slurm", *tight)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "GPU memory of pipeline rank 0 on h800: got '3." in err
+    assert "more than the 3 there are" in err
+    code, out, err = _said(capsys, "slurm", *tight, "launcher.check_memory=false")
+    assert (code, out.splitlines()[0], err) == (0, "#!/bin/bash", "")
+    monkeypatch.setattr(command.local, "launch", lambda *_: pytest.fail("started"))
+    code, _, err = _said(capsys, "local", *tight[1:])
+    assert (code, err.count("\n")) == (2, 1)
+
+
+def test_memory_of_what_has_no_plan_is_said_not_to_be_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a run refused for what only a plan cannot do, and a check left out in silence."""
+    monkeypatch.chdir(tmp_path)
+    words = ("slurm", "--dry-run", *SMALL, "cluster=h800", "precision=fp64")
+    code, out, err = _said(capsys, *words)
+    assert (code, out.splitlines()[0]) == (0, "#!/bin/bash")
+    assert err.startswith("kimi-pretrain: memory is not checked: precision: got 'fp64'")
+
+
 def test_a_run_directory_in_use_is_refused_before_ranks_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,6 +34,15 @@ def test_plan_prints_and_writes(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert json.loads(capsys.readouterr().out)["cluster"] == "cpu"
 
 
+def test_a_plan_that_does_not_fit_ends_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a script that submits what its own plan said does not fit."""
+    assert main(["plan", "cluster=h800", "cluster.memory_bytes=3e9"]) == 2
+    output = capsys.readouterr()
+    assert "DOES NOT FIT" in output.out
+    assert output.err.startswith("kimi-pretrain: GPU memory of pipeline rank 0 on h800: got '3.")
+    assert output.err.count("\n") == 1
+
+
 def test_search_prints(capsys: pytest.CaptureFixture[str]) -> None:
     """Catches flags of the search that are taken for overrides."""
     search = ["plan", "search", "--gpus", "2", "--top", "1", "cluster=cpu"]

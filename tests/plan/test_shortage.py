@@ -11,7 +11,7 @@ SMALL = ["experiment=k2_1t_h800_256", "schedule.global_batch_size=1024"]
 def test_a_plan_that_fits_lacks_nothing() -> None:
     """Catches advice for who needs none."""
     plan = plan_run(compose([*SMALL, "parallel.dp=32"]))
-    assert shortage(plan) is None
+    assert shortage(plan.config, plan.memory) is None
     assert next(iter(fit_lines(plan, None))).startswith("fits: pipeline rank")
 
 
@@ -19,7 +19,7 @@ def test_k2_on_256_gpus_lacks_room_for_its_state() -> None:
     """Catches a shortage without its size, its place or a change that was tried and fits."""
     run = ["experiment=k2_1t_h800_256", "schedule.global_batch_size=4096"]
     plan = plan_run(compose(run))
-    short = shortage(plan)
+    short = shortage(plan.config, plan.memory)
     assert short is not None
     assert (short.place, short.largest) == ("GPU", "optimizer")
     assert short.over == plan.memory[short.rank].total - 80e9
@@ -35,7 +35,7 @@ def test_k2_on_256_gpus_lacks_room_for_its_state() -> None:
 def test_everything_kept_needs_k2s_policy() -> None:
     """Catches advice that buys GPUs where activations are what is too large."""
     plan = plan_run(compose([*SMALL, "parallel.dp=32", "activation=none"]))
-    short = shortage(plan)
+    short = shortage(plan.config, plan.memory)
     assert short is not None
     assert short.largest == "activations"
     assert short.changes[0].overrides == ("activation=k2",)
@@ -45,7 +45,7 @@ def test_the_hosts_memory_is_a_limit_too() -> None:
     """Catches offloaded activations that nobody has room for."""
     plan = plan_run(compose([*SMALL, "parallel.dp=32", "cluster.host_memory_bytes=1e11"]))
     assert not plan.fits
-    short = shortage(plan)
+    short = shortage(plan.config, plan.memory)
     assert short is not None
     assert short.place == "host"
 
@@ -53,7 +53,7 @@ def test_the_hosts_memory_is_a_limit_too() -> None:
 def test_what_nothing_helps_is_said() -> None:
     """Catches an empty line of advice."""
     plan = plan_run(compose([*SMALL, "cluster.memory_bytes=1e9"]))
-    short = shortage(plan)
+    short = shortage(plan.config, plan.memory)
     assert short is not None
     assert short.changes == ()
     assert "no single change" in "\n".join(fit_lines(plan, short))
