@@ -1,4 +1,5 @@
-"""A run of several ranks goes on at the same layout bitwise, at any other to 1e-9."""
+"""A run of several ranks goes on at the same layout bitwise, at any other to 1e-9, from tensors
+that are bit for bit those that were saved; and any layout exports the same model."""
 
 import json
 import os
@@ -7,10 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from kimi_pretrain.checkpoint.export import export
+from kimi_pretrain.checkpoint.state import restore, snapshot
+from kimi_pretrain.checkpoint.writer import CheckpointWriter
+from kimi_pretrain.cli import main
 from kimi_pretrain.config import compose
 from kimi_pretrain.telemetry.jsonl import TIMING_FIELDS
+from kimi_pretrain.train.step import TrainStep
 from tests.distributed.ranks import run_ranks
+from tests.distributed.setting import RATE, configuration, open_step, part_of, put_together
 
 STEPS, HALF = 6, 3
 
@@ -172,6 +181,102 @@ def test_another_layout_goes_on_with_the_same_losses(
         assert ours["domains"] == pytest.approx(theirs["domains"], rel=1e-9)
     loads = [_rows(path, "layers.jsonl")[-1]["expert_load"] for path in (run_dir, uninterrupted)]
     assert loads[0] == loads[1]
+    ours, theirs = (_exported(path, tmp_path / path.name) for path in (run_dir, uninterrupted))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        apart = float((ours[name] - tensor).abs().max())
+        assert apart <= 1e-9 * float(tensor.abs().max()), name
+
+
+def _exported(run_dir: Path, to: Path) -> dict[str, torch.Tensor]:
+    """The Hugging Face checkpoint that the command makes of a run's last one."""
+    assert main(["ckpt", "export", str(run_dir), str(to / "hf")]) == 0
+    return load_file(to / "hf" / "model.safetensors")
+
+
+# --- bf16, whose masters are tensors of their own --------------------------------------------
+
+TAKEN = 2  # steps before the checkpoint
+
+
+def _bf16_step(world_size: int, ep: int) -> TrainStep:
+    overrides = ("precision=bf16", "parallel.bucket_elements=5000")
+    return open_step(configuration(world_size, ep, *overrides), torch.bfloat16)
+
+
+def save_as_rank(rank: int, world_size: int, root: str, ep: int) -> list[Any]:
+    """Train, save; this rank's pieces as they are in memory."""
+    step = _bf16_step(world_size, ep)
+    part = part_of(step.world)
+    for number in range(1, TAKEN + 1):
+        step.run(number, part, RATE)
+    state = {"step": TAKEN, "dtype": str(torch.bfloat16)}
+    writer = CheckpointWriter(Path(root), 1, rank, world_size)
+    writer.save(TAKEN, snapshot(step.model, step.optimizer, state, rank, world_size))
+    writer.close()
+    return list(step.optimizer.pieces())
+
+
+def load_as_rank(
+    rank: int, world_size: int, root: str, ep: int
+) -> tuple[list[Any], dict[str, torch.Tensor], int]:
+    """Load; this rank's pieces, its parameters, and how many steps it takes for done."""
+    step = _bf16_step(world_size, ep)
+    restore(next(Path(root).glob("step-*")), step.model, step.optimizer)
+    step.optimizer.buffers.gathered()
+    return list(step.optimizer.pieces()), _parameters(step), step.optimizer.steps
+
+
+def _parameters(step: TrainStep) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in step.model.hf_named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint of four ranks in two expert-parallel pairs, and what they held."""
+    root = tmp_path_factory.mktemp("bf16")
+    held = put_together([p for got in run_ranks(4, save_as_rank, str(root), 2) for p in got])
+    masters = {k: t for k, t in held.items() if k.startswith("master/")}
+    assert all(bool((t != t.bfloat16()).any()) for k, t in masters.items() if "norm" not in k)
+    assert all(bool(t.any()) for t in held.values())
+    return root, held
+
+
+@pytest.mark.parametrize(("dp", "ep"), [(8, 2), (2, 1), (4, 4)], ids=str)
+def test_another_layout_holds_the_very_tensors(
+    saved: tuple[Path, dict[str, torch.Tensor]], dp: int, ep: int
+) -> None:
+    """Catches a master rounded on its way, a moment under another's name, a replica whose
+    parameters do not follow, and elements that one cut has and another has not."""
+    root, held = saved
+    ranks = run_ranks(dp, load_as_rank, str(root), ep)
+    found = put_together([piece for pieces, _, _ in ranks for piece in pieces])
+    assert found.keys() == held.keys()
+    for key, tensor in held.items():
+        assert found[key].dtype == tensor.dtype == torch.float32, key
+        assert torch.equal(found[key], tensor), key
+    for _, parameters, steps in ranks:
+        assert steps == TAKEN
+        for name, parameter in parameters.items():
+            assert torch.equal(parameter, held[f"master/{name}"].bfloat16()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_export_of_expert_parallel_ranks_is_their_masters(
+    tmp_path: Path, saved: tuple[Path, dict[str, torch.Tensor]], dtype: torch.dtype
+) -> None:
+    """Catches experts of the second rank that are exported as the first one's, gate taken for
+    up, and a rounding of what was rounded."""
+    root, held = saved
+    (checkpoint,) = root.glob("step-*")
+    export(checkpoint, configuration(4, 2).model, tmp_path, dtype)
+    exported = load_file(tmp_path / "model.safetensors")
+    masters = {k.removeprefix("master/"): t for k, t in held.items() if k.startswith("master/")}
+    biases = {name for name in exported if name.endswith("e_score_correction_bias")}
+    assert biases
+    assert exported.keys() - biases == masters.keys()
+    for name, tensor in masters.items():
+        assert torch.equal(exported[name], tensor.to(dtype)), name
 
 
 def test_another_pipeline_goes_on_with_the_same_losses(tmp_path: Path, uninterrupted: Path) -> None:
