@@ -49,13 +49,20 @@ class Activations:
 
     def handle(self, tag: str, tensor: Tensor) -> Handle:
         """What keeps ``tensor``'s storage."""
-        policy = self.policies[tag]
         inner: Handle
-        if policy.fp8:
+        if self.policies[tag].fp8:
             inner = Fp8Tile(tag, tensor, self.quantise, self.dequantise)
         else:
             inner = Keep(tag, tensor)
-        return Offload(inner) if policy.offload else inner
+        return self._placed(inner)
+
+    def handles_of_tiles(self, tag: str, tensor: Tensor) -> list[tuple[Tensor, Handle]]:
+        """Codes and scales of ``tensor`` [..., width], each with what keeps it as it is."""
+        parts = self.quantise(tensor.detach())
+        return [(part, self._placed(Keep(tag, part))) for part in parts]
+
+    def _placed(self, handle: Handle) -> Handle:
+        return Offload(handle) if self.policies[handle.tag].offload else handle
 
 
 @dataclass
@@ -153,6 +160,15 @@ class Saved:
         for index, output in enumerate(outputs):
             if not self._is_known(output):
                 self._enter(output, Recompute(tag, chain, index))
+
+    def tiled(self, tag: str, tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+        if not self._how.policies[tag].fp8:
+            self.named(tag, tensor)
+            return None
+        (codes, first), (scale, second) = self._how.handles_of_tiles(tag, tensor)
+        self._enter(codes, first)
+        self._enter(scale, second)
+        return codes, scale
 
     def keeps(self, tag: str) -> bool:
         return not self._how.policies[tag].recompute

@@ -2,8 +2,8 @@
 
 An operation saves tensors; whoever runs the forward decides how they lie in memory until then
 (``activation``). Between the two stands a ``Saver``: ``named`` says what kind of tensor one is,
-``remade`` that it can be computed again. Without a saver both do nothing, and autograd keeps
-every tensor as it always does.
+``remade`` that it can be computed again, ``tiled`` that its FP8 tiles would do. Without a saver
+they do nothing, and autograd keeps every tensor as it always does.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +30,10 @@ class Saver(Protocol):
         outputs: Sequence[Tensor],
     ) -> None:
         """``outputs`` are ``tag``s, and ``make(*inputs)`` without gradients gives them again."""
+        ...
+
+    def tiled(self, tag: str, tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+        """As ``named``, for who can read FP8 tiles: these, if they are what is to be saved."""
         ...
 
     def keeps(self, tag: str) -> bool:
@@ -59,6 +63,20 @@ def named(tag: str, *tensors: Tensor | None) -> None:
                 _saver.named(tag, tensor)
 
 
+def tiled(tag: str, tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Name a tensor that a backward will need, whole or as the FP8 tiles of its rows.
+
+    Args:
+        tag: of the tensor.
+        tensor: [..., width].
+
+    Returns:
+        Codes [..., width] and scales [..., tiles] (``ops.fp8_tiles``), where a ``tag`` is kept as
+        such: save and read these, and the tensor can go. None: save the tensor.
+    """
+    return None if _saver is None else _saver.tiled(tag, tensor)
+
+
 def remade(tag: str, make: Callable[..., R], *inputs: Tensor) -> R:
     """``make(*inputs)``, whose results a backward will need and could have made again.
 
@@ -68,7 +86,11 @@ def remade(tag: str, make: Callable[..., R], *inputs: Tensor) -> R:
             no observers.
         inputs: each named, or remade itself.
     """
-    result = make(*inputs)
+    return remade_by(tag, make(*inputs), make, *inputs)
+
+
+def remade_by(tag: str, result: R, make: Callable[..., R], *inputs: Tensor) -> R:
+    """``result``, as ``remade`` gives it: what was computed otherwise than it is made again."""
     if _saver is not None:
         outputs = (result,) if isinstance(result, Tensor) else result
         _saver.remade(tag, make, inputs, outputs)

@@ -1,5 +1,6 @@
 """SwiGLU (arXiv 2002.05202): the gated activation of every MLP in the family."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,6 +49,48 @@ def swiglu_tiles_backward(grad: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     """
     gate_up = dequantise_tiles(q, scale, torch.float32)
     return _gradient(grad.to(torch.float32), gate_up).to(grad.dtype)
+
+
+def swiglu_by_tiles(
+    gate_up: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    forward: Callable[[Tensor], Tensor] = swiglu,
+    backward: Callable[[Tensor, Tensor, Tensor], Tensor] = swiglu_tiles_backward,
+) -> Tensor:
+    """``swiglu`` of rows of which backward gets FP8 tiles only.
+
+    Args:
+        gate_up: [..., 2 * width], gate first; not kept.
+        q: [..., 2 * width] float8_e4m3fn, from ``quantise_tiles(gate_up)``.
+        scale: [..., ceil(2 * width / 128)] fp32.
+        forward: ``swiglu``, or a kernel that stands for it.
+        backward: ``swiglu_tiles_backward``, or a kernel that stands for it.
+
+    Returns:
+        [..., width], of the rows themselves; its gradient is that at the rows as stored.
+    """
+    return _ByTiles.apply(gate_up, q, scale, forward, backward)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _ByTiles(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate_up: Tensor,
+        q: Tensor,
+        scale: Tensor,
+        forward: Callable[[Tensor], Tensor],
+        backward: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        ctx.save_for_backward(q, scale)
+        ctx.gradient = backward
+        return forward(gate_up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, scale = ctx.saved_tensors
+        return ctx.gradient(grads[0], q, scale), None, None, None, None
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -5,16 +5,20 @@ import gc
 import pytest
 import torch
 
+from kimi_pretrain.activation.offload import Offloader
 from kimi_pretrain.activation.saved import Activations, Saved, UntaggedError
 from kimi_pretrain.config.activation import policies
 from kimi_pretrain.config.schema import ActivationConfig
-from kimi_pretrain.ops.saved import named, remade
+from kimi_pretrain.ops.fp8_tiles import quantise_tiles
+from kimi_pretrain.ops.saved import named, remade, remade_by, tiled
+from kimi_pretrain.ops.swiglu import swiglu_by_tiles, swiglu_tiles, swiglu_tiles_backward
 
 KEPT = Activations.kept()
 
 
 def custom(**tags: str) -> Activations:
-    return Activations(policies(ActivationConfig("custom", tags)))
+    chosen = policies(ActivationConfig("custom", tags))
+    return Activations(chosen, Offloader(torch.device("cpu"), 2**16))
 
 
 def test_an_operation_may_save_what_is_named_after_it() -> None:
@@ -85,3 +89,31 @@ def test_constants_are_neither_counted_nor_moved() -> None:
     loss.backward()
     assert x.grad is not None
     assert torch.equal(x.grad, table)
+
+
+def test_an_operation_may_save_the_tiles_themselves() -> None:
+    """Catches tiles that stay on the device, or lie there beside what they were cut from, and a
+    chain that cannot start from them."""
+    how = custom(swiglu_in="fp8+offload", swiglu_out="recompute")
+    assert how.offloader is not None
+    saved = Saved(how)
+    x = torch.randn(3, 400, requires_grad=True)
+    with saved.watching():
+        gate_up = x * 1.0
+        tiles = tiled("swiglu_in", gate_up)
+        assert tiles is not None
+        q, scale = quantise_tiles(x.detach())
+        y = swiglu_by_tiles(gate_up, *tiles)
+        remade_by("swiglu_out", y, lambda q, s: swiglu_tiles(q, s, torch.float32), *tiles)
+        loss = (y * y).sum()
+    saved.close()
+    del gate_up, y, tiles
+    assert saved.device_bytes() == {"swiglu_in": 1200 + 3 * 4 * 4}
+    how.offloader.leave(saved.offloadable())
+    how.offloader.settle(how.offloader.mark())
+    assert saved.device_bytes() == {}
+    how.offloader.fetch(saved.offloadable())
+    loss.backward()
+    grad = 2 * swiglu_tiles(q, scale, torch.float32)
+    assert x.grad is not None
+    assert torch.equal(x.grad, swiglu_tiles_backward(grad, q, scale))
