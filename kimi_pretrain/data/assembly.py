@@ -1,6 +1,6 @@
 """From "which window of which file" to the arrays of a batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,9 @@ from kimi_pretrain.data.windows import Indices, Windows
 
 # Label of a position without a loss; torch's cross entropy ignores it by default.
 IGNORED = -100
+
+# Tokens that are read before they are widened, few enough to be in the cache still.
+STRETCH_TOKENS = 1 << 15
 
 # One for all streams, so that training and evaluation use the same memory in turn.
 _pool = BlockPool()
@@ -104,10 +107,18 @@ def assemble(plan: Plan, first: int, last: int, length: int) -> Batch:
     """Read samples [first, last) of a plan. Raises OSError if a file cannot be read."""
     count = last - first
     tokens, labels = _pool.empty((2, count, length), np.int64)
-    copiers = {number: plan.files[number].copier() for number in set(plan.file[first:last])}
-    places = zip(plan.file[first:last], plan.window[first:last], tokens, labels, strict=True)
-    for number, window, inputs, targets in places:
-        copiers[number](window, inputs, targets)
+    types = [windows.dtype for windows in plan.files]
+    rows = max(1, STRETCH_TOKENS // length)
+    memory = {dtype: _pool.empty((rows, length + 1), dtype) for dtype in set(types)}
+    for begin, end in _stretches([types[file] for file in plan.file[first:last]], rows):
+        places = slice(first + begin, first + end)
+        read = memory[types[plan.file[first + begin]]][: end - begin]
+        size, at, into = read[0].nbytes, 0, read.data.cast("B")
+        for file, window in zip(plan.file[places], plan.window[places], strict=True):
+            plan.files[file].read_into(window, into[at : at + size])
+            at += size
+        tokens[begin:end] = read[:, :-1]
+        labels[begin:end] = read[:, 1:]
     documents = plan.documents
     if documents is None:
         return Batch(tokens, labels, None)
@@ -115,3 +126,12 @@ def assemble(plan: Plan, first: int, last: int, length: int) -> Batch:
     labels.reshape(-1)[documents.ends[begin - first : end - last] - first * length] = IGNORED
     ids = np.repeat(documents.number[begin:end], documents.length[begin:end])
     return Batch(tokens, labels, ids.reshape(count, length))
+
+
+def _stretches(types: Sequence[Hashable], rows: int) -> Iterator[tuple[int, int]]:
+    """Cut a sequence into [begin, end) of one type each, of at most `rows`."""
+    begin = 0
+    for end in range(1, len(types) + 1):
+        if end == len(types) or end == begin + rows or types[end] != types[begin]:
+            yield begin, end
+            begin = end

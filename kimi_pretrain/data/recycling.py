@@ -3,48 +3,45 @@
 A batch of a few megabytes costs the allocator fresh pages each time, and faulting them in
 costs more than filling them (a quarter to nine tenths of the reading time, measured). Handing
 out the same buffer again and again would be cheap, but would change a batch under whoever
-still holds it. Here a block returns to its pool when the array and all its views, torch
-tensors included, are gone; until then nobody else gets it.
+still holds it. Here a block is given out again when the array and all its views, torch tensors
+included, are gone, which the block's reference count tells; until then nobody else gets it.
 """
 
+from sys import getrefcount
+from threading import Lock
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-# Blocks kept for later of each kind: a prefetcher's depth and the batch in use.
+# Blocks kept of each kind: a prefetcher's depth and the batch in use.
 KEPT = 4
 # Kinds (shape and type) remembered; a run has a few: training, evaluation, its last batch.
 KINDS = 8
+
+# What refers to a block that nobody uses: its list, the name in `empty`, getrefcount's argument.
+UNUSED = 3
 
 
 class BlockPool:
     """Gives out arrays, uninitialised like ``np.empty``. Threads may share it."""
 
     def __init__(self) -> None:
-        self._free: dict[tuple[tuple[int, ...], type[np.generic]], list[NDArray[Any]]] = {}
+        self._blocks: dict[tuple[tuple[int, ...], np.dtype[Any]], list[NDArray[Any]]] = {}
+        self._lock = Lock()
 
-    def empty(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """A new array of `shape` and `dtype`."""
-        kind = shape, dtype
-        if kind not in self._free and len(self._free) == KINDS:
-            self._free = {}
-        free = self._free.setdefault(kind, [])
-        try:
-            block = free.pop()
-        except IndexError:  # none yet, or another thread took the last one
+        kind = shape, np.dtype(dtype)
+        with self._lock:
+            if kind not in self._blocks and len(self._blocks) == KINDS:
+                self._blocks = {}
+            blocks = self._blocks.setdefault(kind, [])
+            # numpy keeps the block as the base of this view and of every view of it.
+            for block in blocks:
+                if getrefcount(block) == UNUSED:
+                    return block.view()
             block = np.empty(shape, dtype)
-        # numpy keeps the lease as the base of the array and of every view of it.
-        return np.asarray(_Lease(block, free))
-
-
-class _Lease:
-    """Holds a block while an array refers to it."""
-
-    def __init__(self, block: NDArray[Any], home: list[NDArray[Any]]) -> None:
-        self._block, self._home = block, home
-        self.__array_interface__ = block.__array_interface__
-
-    def __del__(self) -> None:
-        if len(self._home) < KEPT:
-            self._home.append(self._block)
+            if len(blocks) < KEPT:
+                blocks.append(block)
+            return block.view()

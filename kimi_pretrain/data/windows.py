@@ -8,7 +8,7 @@ tail that does not fill a window is left out.
 
 import os
 import weakref
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,6 @@ from kimi_pretrain.data.indexed import IndexedReader, bin_path
 from kimi_pretrain.data.permutation import Permutation
 
 Indices = NDArray[np.int64]
-Row = NDArray[np.int64]
 
 
 class Windows:
@@ -32,26 +31,22 @@ class Windows:
         self.reader = reader
         self.length = length
         self.count = max(reader.total_tokens - 1, 0) // length
+        self._stride = length * reader.itemsize  # bytes
         self._file = os.open(bin_path(reader.prefix), os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._file)
 
-    def copier(self) -> Callable[[int, Row, Row], None]:
-        """A function (window, tokens [length], labels [length]) that writes one window.
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The file's number type."""
+        return self.reader.dtype
 
-        It owns a buffer, so each thread takes its own. It raises OSError if the file became
-        shorter than it was when it was opened.
+    def read_into(self, window: int, row: memoryview) -> None:
+        """Write the window's length + 1 tokens, in the file's type, into `row`, bytes of as many.
+
+        Raises OSError if the file became shorter than it was when it was opened.
         """
-        buffer = np.empty(self.length + 1, dtype=self.reader.dtype)
-        file, into, head, tail = self._file, [buffer.data.cast("B")], buffer[:-1], buffer[1:]
-        expected, stride = buffer.nbytes, self.length * self.reader.itemsize
-
-        def copy(window: int, tokens: Row, labels: Row) -> None:
-            if os.preadv(file, into, window * stride) != expected:
-                raise OSError(f"{bin_path(self.reader.prefix)} ends inside window {window}")
-            tokens[:] = head
-            labels[:] = tail
-
-        return copy
+        if os.preadv(self._file, (row,), window * self._stride) != len(row):
+            raise OSError(f"{bin_path(self.reader.prefix)} ends inside window {window}")
 
     def boundaries(self, windows: Indices) -> tuple[Indices, Indices]:
         """Where documents begin inside windows [n]: (which of the n, offset), both int64 [k].

@@ -56,10 +56,10 @@ def test_keeps_a_few_blocks_only() -> None:
     arrays = [pool.empty((10,), np.int64) for _ in range(20)]
     del arrays
     gc.collect()
-    assert [len(free) for free in pool._free.values()] == [KEPT]
+    assert [len(blocks) for blocks in pool._blocks.values()] == [KEPT]
     for size in range(50):
         pool.empty((size,), np.int64)
-    assert len(pool._free) <= KINDS
+    assert len(pool._blocks) <= KINDS
 
 
 def test_threads_never_share_a_block() -> None:
