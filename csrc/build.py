@@ -78,19 +78,15 @@ class BuildKernels(build_ext):
             folder / f"{source.stem}.o": compile_cpu(torch, source, folder / f"{source.stem}.o")
             for source in sources("cpu", ".cpp")
         }
-        link = [f"-L{torch['root']}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
         if nvcc is not None:
             for source in sources("cuda", ".cu"):
                 target = folder / f"{source.stem}.cu.o"
-                commands[target] = compile_cuda(nvcc, torch, source, target, "-c")
-            link += [f"-L{nvcc.parents[1] / name}" for name in ("lib64", "lib")]
-            link += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+                commands[target] = compile_cuda(nvcc, torch, source, target)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(run, commands.values()))
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        objects = map(str, commands)
-        run([compiler(), "-shared", *objects, "-s", "-Wl,--as-needed", *link, "-o", str(library)])
+        run(link(torch, nvcc, list(commands), library))
 
 
 def include(torch: dict[str, str]) -> list[str]:
@@ -103,13 +99,23 @@ def compile_cpu(torch: dict[str, str], source: Path, target: Path) -> list[str]:
     return [compiler(), *CXX_FLAGS, *include(torch), "-c", str(source), "-o", str(target)]
 
 
-def compile_cuda(
-    nvcc: Path, torch: dict[str, str], source: Path, target: Path, kind: str
-) -> list[str]:
-    """The same for CUDA's; ``kind`` is -c for an object, -cubin for the kernels alone."""
+def compile_cuda(nvcc: Path, torch: dict[str, str], source: Path, target: Path) -> list[str]:
+    """The same for CUDA's."""
     arch = os.environ.get("KIMI_CUDA_ARCH", "90a")
     flags = [*NVCC_FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}", *include(torch)]
-    return [str(nvcc), *flags, kind, str(source), "-o", str(target)]
+    return [str(nvcc), *flags, "-c", str(source), "-o", str(target)]
+
+
+def link(
+    torch: dict[str, str], nvcc: Path | None, objects: Sequence[Path], library: Path
+) -> list[str]:
+    """The command that makes the library of its objects; with nvcc, CUDA's among them."""
+    libraries = [f"-L{torch['root']}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
+    if nvcc is not None:
+        libraries += [f"-L{nvcc.parents[1] / name}" for name in ("lib64", "lib")]
+        libraries += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+    flags = ["-shared", *map(str, objects), "-s", "-Wl,--as-needed", *libraries]
+    return [compiler(), *flags, "-o", str(library)]
 
 
 def run(command: Sequence[str]) -> None:

@@ -65,6 +65,8 @@ __global__ void __launch_bounds__(kNormBlock)
         dot += to_float(dy.at[i]) * to_float(w.at[i]) * (to_float(in.at[i]) * factor);
     }
     const float mean = block_sum<kNormBlock>(dot) / float(width);
+    // Unrolled, nvcc stores neighbours of fp32 one by one: it no longer sees that they may go together.
+#pragma unroll 1
     for (int64_t at = int64_t(threadIdx.x) * N; at < width; at += kNormBlock * N) {
       const Pack<T, N> dy = load<N>(grad + begin + at), in = load<N>(x + begin + at);
       const Pack<T, N> w = load<N>(weight + at);
@@ -84,23 +86,32 @@ __global__ void __launch_bounds__(kNormBlock)
     store(partial + blockIdx.x * width + at, load<N>(sums + at));
 }
 
-// total[column] = sum over strips of partial[strip, column]: 32 columns a block, 8 threads each.
+// total[column] = sum over strips of partial[strip, column]: 32 columns a block, N neighbours a
+// thread, so that every group of threads has strips of its own.
+constexpr int kSumColumns = 32;
+
+template <int N>
 __global__ void __launch_bounds__(kNormBlock)
     column_sums_kernel(const float* __restrict__ partial, float* __restrict__ total,
                        int64_t strip_count, int64_t width) {
-  constexpr int kGroups = kNormBlock / kWarpSize;
-  KIMI_SHARED(float, sums, kNormBlock);
-  const int lane = int(threadIdx.x) % kWarpSize, group = int(threadIdx.x) / kWarpSize;
-  const int64_t column = int64_t(blockIdx.x) * kWarpSize + lane;
-  float sum = 0;
+  constexpr int kAcross = kSumColumns / N, kGroups = kNormBlock / kAcross;
+  KIMI_SHARED(float, sums, kNormBlock * N);
+  const int lane = int(threadIdx.x) % kAcross, group = int(threadIdx.x) / kAcross;
+  const int64_t column = int64_t(blockIdx.x) * kSumColumns + lane * N;
+  Pack<float, N> sum{};
+  const auto add = [&sum](const Pack<float, N>& other) __attribute__((always_inline)) {
+#pragma unroll
+    for (int i = 0; i < N; i++) sum.at[i] += other.at[i];
+  };
   if (column < width)
     for (int64_t strip = group; strip < strip_count; strip += kGroups)
-      sum += partial[strip * width + column];
-  sums[threadIdx.x] = sum;
+      add(load<N>(partial + strip * width + column));
+  store(sums + threadIdx.x * N, sum);
   __syncthreads();  // every group's sum is written
   if (group == 0 && column < width) {
-    for (int other = 1; other < kGroups; other++) sum += sums[other * kWarpSize + lane];
-    total[column] = sum;
+    for (int other = 1; other < kGroups; other++)
+      add(load<N>(sums + (other * kAcross + lane) * N));
+    store(total + column, sum);
   }
 }
 
@@ -123,8 +134,10 @@ void rms_norm_backward(const T* grad, const T* x, const T* weight, const float* 
   KIMI_LAUNCH((wide ? rms_norm_backward_kernel<T, kWide<T>> : rms_norm_backward_kernel<T, 1>),
               blocks, kNormBlock, width * sizeof(float), stream, grad, x, weight, scale, grad_x,
               partial, rows, width);
-  KIMI_LAUNCH(column_sums_kernel, blocks_for(width, kWarpSize), kNormBlock, 0, stream, partial,
-              grad_weight, int64_t(blocks), width);
+  const bool sums_wide = width % kWide<float> == 0 && aligned(partial, grad_weight);
+  KIMI_LAUNCH((sums_wide ? column_sums_kernel<kWide<float>> : column_sums_kernel<1>),
+              blocks_for(width, kSumColumns), kNormBlock, 0, stream, partial, grad_weight,
+              int64_t(blocks), width);
 }
 
 }  // namespace kimi::cuda
