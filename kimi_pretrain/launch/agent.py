@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+from types import FrameType
 
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing import api as multiprocessing
@@ -21,6 +22,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
 
 from kimi_pretrain.config import exit_codes
+from kimi_pretrain.launch.torchrun import END
 from kimi_pretrain.launch.verdict import verdict
 
 _FAILED = re.compile(r"failed \(exitcode: (?P<code>-?\d+)\) local_rank: (?P<rank>\d+)")
@@ -31,9 +33,12 @@ def main(watched: int, arguments: list[str]) -> int:
 
     ``watched`` is a pipe that ends with the process that started this one: so do the ranks.
     """
+    signal.signal(END, _end)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # its parent's; not inherited by the ranks
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # its parent's; inherited by the ranks
     threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
     options = parse_args(arguments)  # type: ignore[no-untyped-call]
+    options.signals_to_handle = "SIGQUIT"  # the handlers above stay: one has to be named
     if options.max_restarts == 0:
         logging.disable(logging.CRITICAL)  # torchrun's account of who ended and whom it ended
     else:
@@ -80,9 +85,14 @@ def _report_kills(address: str | None) -> None:
     logger.handlers, logger.propagate = [_Kills(host)], False
 
 
+def _end(number: int, frame: FrameType | None) -> None:
+    """As torchrun at a SIGTERM: that is what its ranks get, and a SIGKILL 30 seconds later."""
+    raise SignalException("ended", sigval=signal.SIGTERM)
+
+
 def _end_with(watched: int) -> None:
     os.read(watched, 1)
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), END)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def _watch() -> None:
     """Pass on what standard input says, as the signals that ``run_ranks`` hears."""
     while True:
         told = os.read(0, 1)
-        os.kill(os.getpid(), signal.SIGUSR1 if told == STOP else signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1 if told == STOP else signal.SIGINT)
         if told != STOP:
             return
 

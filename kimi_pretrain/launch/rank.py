@@ -7,6 +7,7 @@ rank leaves its code here and ends with 0.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,9 @@ from kimi_pretrain.config import exit_codes
 
 RANKS_DIR = "KIMI_PRETRAIN_RANKS"  # the folder's name, in each rank's environment
 IDS, EXITS = "ids", "exits"  # a file a local rank in each
-_FOR_NOTHING = (exit_codes.BAD_INPUT, exit_codes.GUARD, exit_codes.SIGNAL)
+STOP = "stop"  # a file that is there once ranks shall stop
+_STOPPED = exit_codes.SIGNALLED + signal.SIGTERM
+_FOR_NOTHING = (exit_codes.BAD_INPUT, exit_codes.GUARD, exit_codes.SIGNAL, _STOPPED)
 
 
 def run_as_rank(command: Callable[[], int]) -> NoReturn:
@@ -26,7 +29,7 @@ def run_as_rank(command: Callable[[], int]) -> NoReturn:
     has no abort), and abort the process when they want a Python that is going. See World.close.
     """
     report_as_rank()
-    code = settle(command())
+    code = settle(_STOPPED if _shall_stop() else command())
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -38,6 +41,12 @@ def report_as_rank() -> None:
     if folder is not None:
         (Path(folder) / EXITS / os.environ["LOCAL_RANK"]).unlink(missing_ok=True)  # of a last start
         (Path(folder) / IDS / os.environ["LOCAL_RANK"]).write_text(str(os.getpid()))
+
+
+def _shall_stop() -> bool:
+    """Whether this rank was started again in place of one that the signal to stop has killed."""
+    folder = os.environ.get(RANKS_DIR)
+    return folder is not None and (Path(folder) / STOP).exists()
 
 
 def settle(code: int) -> int:

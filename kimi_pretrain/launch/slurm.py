@@ -3,7 +3,8 @@
 One task a node runs that node's torchrun. Slurm sends SIGUSR1 to the tasks a while before the
 time limit; ranks checkpoint and end with 75, and the script puts the job back into the queue.
 A job that lost a rank or a node goes back too, but only where this start got as far as a new
-checkpoint: one that fails at the same step again and again does not.
+checkpoint: one that fails at the same step again and again does not. One that was cancelled stays
+so, although its ranks heard SIGTERM and have a checkpoint.
 """
 
 import re
@@ -147,13 +148,26 @@ trap : TERM  # of scancel: wait for the ranks, which have heard it too
 before=$(newest_checkpoint)
 """
 
+# A cancelled job is COMPLETING until its last process has ended, and Slurm takes its requeue. So
+# are jobs that Slurm ends: those have a reason, or the time of their preemption, or are on their
+# way back already (PreemptMode=REQUEUE), and a second requeue would be refused.
 _LOST = f"""\
+cancelled() {{
+    local job
+    job=$(scontrol show job "$SLURM_JOB_ID") \
+        && [[ $job =~ JobState=(CANCELLED|COMPLETING) ]] \
+        && [[ ! $job =~ Reason=TimeLimit|PreemptTime=[0-9] ]]
+}}
+
 if ((code == {exit_codes.SIGNAL})); then
     again=1  # stopped in order, with a checkpoint
 elif ((code == {exit_codes.PEER} || code > {exit_codes.SIGNALLED})) \\
     && [[ $(newest_checkpoint) != "$before" ]]; then
     again=1  # lost a rank or a node, after progress
 else
+    again=0
+fi
+if ((again)) && cancelled; then
     again=0
 fi
 if ((again)); then

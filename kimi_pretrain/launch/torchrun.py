@@ -17,11 +17,14 @@ from pathlib import Path
 from types import FrameType
 
 from kimi_pretrain.config import exit_codes
-from kimi_pretrain.launch.rank import EXITS, IDS, RANKS_DIR, settled_code
+from kimi_pretrain.launch.rank import EXITS, IDS, RANKS_DIR, STOP, settled_code
 
 # SIGUSR1 is Slurm's before a time limit. Some of its plugins send it to every process of a
 # job step, so that it must mean nothing to torchrun and its ranks.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Tells torchrun to end its ranks. SIGTERM does not: at a job's end Slurm sends that to every
+# process, and ranks would be killed 30 seconds later, whatever Slurm's KillWait.
+END = signal.SIGHUP
 _DEFAULTS = {"OMP_NUM_THREADS": "1"}  # one thread a rank: the same bits
 
 
@@ -33,9 +36,9 @@ def run_ranks(
 ) -> int:
     """Run ``torchrun OPTIONS -m module arguments``; returns the ranks' exit code.
 
-    SIGTERM, SIGINT or SIGUSR1 is passed on to every rank as SIGTERM; a second SIGTERM or
-    SIGINT ends them within torchrun's 30 seconds whatever they do. No process is left behind,
-    not even where this one is killed: torchrun holds the other end of a pipe.
+    The first SIGTERM, SIGINT or SIGUSR1 is passed on to every rank as SIGTERM; a SIGINT after
+    it ends them within torchrun's 30 seconds whatever they do. No process is left behind, not
+    even where this one is killed: torchrun holds the other end of a pipe.
 
     Args:
         module: what a rank runs.
@@ -68,6 +71,8 @@ def run_ranks(
                 if process.returncode is None or process.returncode < 0:
                     _kill(process, folder)
         settled = settled_code(folder)
+    if passing.asked and -code in (END, signal.SIGTERM):  # torchrun was still being started
+        return exit_codes.SIGNALLED + signal.SIGTERM
     if code < 0:
         name = signal.Signals(-code).name
         sys.stderr.write(f"kimi-pretrain: torchrun was killed by {name}; its ranks have ended\n")
@@ -76,7 +81,7 @@ def run_ranks(
 
 
 class _Passing:
-    """Passes the first signal to stop on to the ranks, any further one to torchrun."""
+    """Passes the first signal to stop on to the ranks, and a SIGINT after it to torchrun too."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -87,18 +92,21 @@ class _Passing:
         """From now on there is someone to hear; a signal that came before is passed on."""
         self.agent = agent
         if self.asked:
-            agent.send_signal(signal.SIGTERM)
+            agent.send_signal(END)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         again, self.asked = self.asked, True
-        if self.agent is None or (again and number == signal.SIGUSR1):
+        if self.agent is None or (again and number != signal.SIGINT):
             return
-        ranks = [] if again else _living(self.folder)
+        (
+            self.folder / STOP
+        ).touch()  # before the look: a rank leaves its id, and then looks for this
+        ranks = _living(self.folder)
+        if again or not ranks:
+            self.agent.send_signal(END)
         for process in ranks:
             with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGTERM)
-        if not ranks:
-            self.agent.send_signal(signal.SIGTERM)
+                os.kill(process, signal.SIGINT if again else signal.SIGTERM)
 
 
 @contextmanager

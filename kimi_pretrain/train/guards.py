@@ -42,10 +42,15 @@ class StopRequest:
         return self.signal_name is not None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler: remember the first signal; a second one interrupts at once."""
-        if self.signal_name is not None:
+        """Signal handler: remember the first signal; a SIGINT after it interrupts at once.
+
+        SIGTERM comes several times for one wish: Slurm sends it to every process of a job, and
+        those that start ranks pass it on.
+        """
+        if self.signal_name is None:
+            self.signal_name = signal.Signals(number).name
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
 
 
 @contextmanager

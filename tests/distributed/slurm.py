@@ -68,7 +68,6 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
 SlurmdParameters=config_overrides
 ReturnToService=2
-KillWait=5
 JobRequeue=1
 {nodes}
 PartitionName=debug Nodes=n[0-{last}] Default=YES MaxTime=INFINITE State=UP

@@ -121,6 +121,19 @@ def _a_log_for_every_rank(run_dir: Path) -> None:
     assert "loss" in _log(run_dir)
 
 
+def test_a_cancelled_job_stays_so_with_a_checkpoint(slurm: Slurm, tmp_path: Path) -> None:
+    """Catches scancel, after which the job is in the queue again, and ranks that it kills before
+    they have a checkpoint."""
+    run_dir = tmp_path / "run"
+    number = _submit(slurm, run_dir)
+    wait_until(lambda: len(_rows(run_dir)) >= 2, 120, lambda: _log(run_dir))
+    slurm.ask("scancel", number)
+    _wait(slurm, number, "CANCELLED", run_dir)
+    assert slurm.job(number)["Restarts"] == "0"
+    names = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
+    assert names == [f"step-{len(_rows(run_dir)):08d}"]
+
+
 def test_a_second_launch_into_a_run_directory_is_refused(slurm: Slurm, tmp_path: Path) -> None:
     """Catches two jobs that would mix their rows, the first of which only waits yet."""
     run_dir = tmp_path / "run"

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from kimi_pretrain.launch.rank import report_as_rank
+from kimi_pretrain.launch.rank import report_as_rank, run_as_rank
 
 rank, mode, folder = os.environ["RANK"], sys.argv[1], Path(sys.argv[2])
 report_as_rank()
@@ -29,7 +29,12 @@ if mode == "killed" and rank == "1":
     os.kill(os.getpid(), signal.SIGKILL)
 if mode == "stop":
     signal.signal(signal.SIGTERM, _count)
+if mode == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 (folder / rank).write_text(str(os.getpid()))
+if mode == "starting":
+    run_as_rank(lambda: time.sleep(60) or 0)
 for _ in range(600):
     time.sleep(0.1)
     if signals:

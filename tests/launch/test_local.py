@@ -20,17 +20,18 @@ from kimi_pretrain.train.command import main
 ROOT = Path(__file__).parents[2]
 _PARENT = """\
 import sys
-from kimi_pretrain.launch.local import launch
-code = launch("tests.launch.program", sys.argv[1:], 2)
+from kimi_pretrain.launch.torchrun import run_ranks
+options = ["--standalone", "--nproc-per-node=2", "--local-addr=127.0.0.1", sys.argv[1]]
+code = run_ranks("tests.launch.program", sys.argv[2:], options)
 assert "torch" not in sys.modules
 sys.exit(code)
 """
 
 
-def _launch(*arguments: object) -> subprocess.Popen[str]:
+def _launch(*arguments: object, restarts: int = 0) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     return subprocess.Popen(
-        [sys.executable, "-c", _PARENT, *map(str, arguments)],
+        [sys.executable, "-c", _PARENT, f"--max-restarts={restarts}", *map(str, arguments)],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -94,22 +95,11 @@ def test_a_killed_rank_is_named_and_nothing_stays(tmp_path: Path) -> None:
 
 def test_a_kill_that_torchrun_restarts_from_is_named(tmp_path: Path) -> None:
     """Catches a run that restarts again and again and never says which rank was lost."""
-    options = "['--standalone', '--nproc-per-node=2', '--max-restarts=1', '--local-addr=127.0.0.1']"
-    program = (
-        "import sys; from kimi_pretrain.launch.torchrun import run_ranks;"
-        f"sys.exit(run_ranks('tests.launch.program', ['killed', {str(tmp_path)!r}], {options}))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    parent = _launch("killed", tmp_path, restarts=1)
+    _, err = parent.communicate(timeout=60)
     line = "kimi-pretrain: 127.0.0.1: local rank 1 was killed by SIGKILL\n"
-    assert done.returncode == 4
-    assert done.stderr == 2 * line + (
+    assert parent.returncode == 4
+    assert err == 2 * line + (
         "kimi-pretrain: rank 1 was killed by SIGKILL (out of memory?); the run has ended\n"
     )
 
@@ -125,6 +115,42 @@ def test_a_signal_reaches_every_rank(number: signal.Signals, tmp_path: Path) -> 
     assert not any(map(_alive, ranks))
     assert (tmp_path / "signals-0").exists()
     assert (tmp_path / "signals-1").exists()
+
+
+def test_many_sigterms_are_one_wish(tmp_path: Path) -> None:
+    """Catches a torchrun that kills ranks in the midst of their checkpoint: Slurm, cancelling or
+    preempting a job, sends SIGTERM to it, to its parent and to every rank."""
+    parent = _launch("stop", tmp_path)
+    ranks = _ranks(tmp_path)
+    (agent,) = {int(Path(f"/proc/{rank}/stat").read_text().split()[3]) for rank in ranks}
+    for process in (*ranks, agent, parent.pid, parent.pid):
+        os.kill(process, signal.SIGTERM)
+    _, err = parent.communicate(timeout=60)
+    assert (parent.returncode, err) == (75, "")
+    assert (tmp_path / "signals-0").exists()
+    assert (tmp_path / "signals-1").exists()
+
+
+def test_a_second_ctrl_c_ends_ranks_that_do_not_stop(tmp_path: Path) -> None:
+    """Catches a run that nothing but kill -9 ends."""
+    parent = _launch("deaf", tmp_path)
+    ranks = _ranks(tmp_path)
+    for _ in range(2):
+        parent.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    _, err = parent.communicate(timeout=20)
+    assert (parent.returncode, err) == (143, "")
+    assert not any(map(_alive, ranks))
+
+
+def test_ranks_that_a_signal_finds_starting_do_not_start_again(tmp_path: Path) -> None:
+    """Catches ranks that torchrun starts anew, to train on, because the signal killed them
+    before they knew it."""
+    parent = _launch("starting", tmp_path, restarts=2)
+    _ranks(tmp_path)
+    parent.send_signal(signal.SIGUSR1)
+    _, err = parent.communicate(timeout=60)
+    assert (parent.returncode, err.count("Traceback")) == (143, 0)
 
 
 def test_ranks_end_with_their_torchrun(tmp_path: Path) -> None:

@@ -126,8 +126,11 @@ exit $CODE
 """
 _SCONTROL = """\
 #!/bin/sh
-[ "$1" = requeue ] && echo "$2" >> "$RUN_DIR/requeued"
-echo node-a
+case "$*" in
+    "requeue 7") echo 7 >> "$RUN_DIR/requeued";;
+    "show job 7") echo "JobId=7 JobName=kimi-a"; echo "   $STATE Dependency=(null)";;
+    "show hostnames "*) echo node-a;;
+esac
 """
 
 
@@ -151,25 +154,56 @@ def test_a_job_goes_back_into_the_queue_where_that_may_help(
 ) -> None:
     """Catches a job that fails at the same step for ever, one that stays down after a lost
     node, and a code that is not the ranks'."""
-    for name, text in {"srun": _SRUN, "scontrol": _SCONTROL}.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
     if before:
         (tmp_path / "run/checkpoints/step-00000010").mkdir(parents=True)
-    (tmp_path / "run").mkdir(exist_ok=True)
+    assert _requeued(tmp_path, code, progress, RUNNING) == ("7\n" if again else "")
+
+
+# As Slurm 22.05 shows them while the script of a job that it, or somebody, ends still runs.
+RUNNING = "JobState=RUNNING Reason=None"
+CANCELLED = "JobState=COMPLETING Reason=None"
+
+
+@pytest.mark.parametrize(
+    ("state", "again"),
+    [
+        (CANCELLED, False),
+        (f"{CANCELLED} PreemptEligibleTime=2026-11-24T17:48:33 PreemptTime=None", False),
+        (
+            f"{CANCELLED} PreemptEligibleTime=2026-11-24T17:48:33 PreemptTime=2026-11-24T17:48:37",
+            True,
+        ),
+        ("JobState=COMPLETING Reason=TimeLimit", True),
+        (RUNNING, True),
+    ],
+)
+def test_a_cancelled_job_stays_so(tmp_path: Path, state: str, again: bool) -> None:
+    """Catches scancel, after which the job is in the queue again, and a job that Slurm itself
+    ended, which then is not."""
+    assert _requeued(tmp_path, 75, True, state) == ("7\n" if again else "")
+
+
+def _requeued(folder: Path, code: int, progress: bool, state: str) -> str:
+    """The jobs that the script put back into the queue after ranks ended with ``code``."""
+    for name, text in {"srun": _SRUN, "scontrol": _SCONTROL}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    run_dir = folder / "run"
+    run_dir.mkdir(exist_ok=True)
     variables = {
-        "PATH": f"{tmp_path}:/usr/bin:/bin",
-        "RUN_DIR": str(tmp_path / "run"),
+        "PATH": f"{folder}:/usr/bin:/bin",
+        "RUN_DIR": str(run_dir),
         "CODE": str(code),
         "PROGRESS": "1" if progress else "",
+        "STATE": state,
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "node-a",
     }
-    script = render(replace(_job(), run_dir=str(tmp_path / "run")))
+    script = render(replace(_job(), run_dir=str(run_dir)))
     done = subprocess.run(["bash"], input=script, text=True, env=variables, check=False)
     assert done.returncode == code
-    requeued = tmp_path / "run/requeued"
-    assert (requeued.read_text() if requeued.exists() else "") == ("7\n" if again else "")
+    requeued = run_dir / "requeued"
+    return requeued.read_text() if requeued.exists() else ""
 
 
 def test_a_job_that_must_not_be_requeued_is_not() -> None:

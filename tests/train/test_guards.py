@@ -22,14 +22,16 @@ def test_a_finite_step_passes() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_asks_the_second_interrupts(number: signal.Signals) -> None:
-    """Catches a handler that swallows every Ctrl-C, and one that outlives its context."""
+def test_the_first_signal_asks_and_a_sigint_after_it_interrupts(number: signal.Signals) -> None:
+    """Catches a handler that swallows every Ctrl-C, one that outlives its context, and a stop
+    that a second SIGTERM, which Slurm's own is beside the launcher's, turns into a crash."""
     before = signal.getsignal(number)
     with stop_on_signal() as stop:
         assert not stop
         os.kill(os.getpid(), number)
         assert stop
+        os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal_name == number.name
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(number) is before
