@@ -168,6 +168,8 @@ class ParallelConfig:
     dp: int = 1
     schedule: str = "none"  # none | gpipe | 1f1b | interleaved_1f1b | k2 | zb_h1 | dualpipe_v
     schedule_file: str | None = None  # rows of text instead, one a pipeline rank (docs/pipeline.md)
+    # weight gradients that a rank puts off at once, at most; null: as many as the schedule does
+    weight_grads_held: int | None = None
     layer_split: str = "even"  # even | balanced: over pp x vpp stages, by count or by cost
     # ZeRO-1 (design 4.5): flat shards of dense matrices, or whole matrices on their owner
     dense_sharding: str = "auto"  # auto | flat | aligned; auto: aligned where padding <= 1.1

@@ -285,6 +285,8 @@ def _parallel(parallel: ParallelConfig) -> None:
     for field in ("pp", "vpp", "ep", "dp", "bucket_elements"):
         _at_least(f"parallel.{field}", getattr(parallel, field), 1)
     _one_of("parallel.schedule", parallel.schedule, names.SCHEDULES)
+    if parallel.weight_grads_held is not None:
+        _at_least("parallel.weight_grads_held", parallel.weight_grads_held, 0)
     _one_of("parallel.layer_split", parallel.layer_split, names.LAYER_SPLITS)
     _one_of("parallel.dense_sharding", parallel.dense_sharding, names.DENSE_SHARDINGS)
     _one_of("parallel.router_weights", parallel.router_weights, names.ROUTER_WEIGHTS)

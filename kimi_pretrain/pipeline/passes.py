@@ -1,7 +1,7 @@
 """Passes: pure functions from a schedule to one that does the same work in another way.
 
-Their order: `overlap_expert_comm`, `split_weight_grad`, `insert_p2p`, `insert_offload`,
-`insert_recompute`.
+Their order: `overlap_expert_comm`, `split_weight_grad`, `limit_weight_grad`, `insert_p2p`,
+`insert_offload`, `insert_recompute`.
 """
 
 from bisect import bisect_left
@@ -125,6 +125,51 @@ def _input_only(action: Action) -> Action:
 
 def _release(held: deque[Action], keep: int) -> list[Action]:
     return [held.popleft() for _ in range(len(held) - keep)]
+
+
+def limit_weight_grad(schedule: Schedule, most: int) -> Schedule:
+    """Puts off at most so many weight gradients of a rank at once.
+
+    What is put off holds the inputs and the gradients of all its products on the device. Before an
+    I that would make it more, the oldest W's are computed; the others stay where they are. No rank
+    waits for a W, so that none can be blocked by it.
+
+    Args:
+        schedule: with I and W, or without.
+        most: 0 leaves no I and W at all: each is the B that it was.
+    """
+    ranks = [_limited(row, most) if most else _whole(row) for row in schedule.ranks]
+    return replace(schedule, ranks=_rows(ranks))
+
+
+def _limited(row: Sequence[Node], most: int) -> list[Node]:
+    out: list[Node] = []
+    owed: deque[Action] = deque()
+    for node in row:
+        for action in leaves(node):
+            if action.kind is Kind.I:
+                out += _release(owed, most - 1)
+                owed.append(Action(Kind.W, action.stage, action.microbatch))
+        if isinstance(node, Action) and node.kind is Kind.W:
+            if node not in owed:
+                continue  # it was computed before
+            owed.remove(node)
+        out.append(node)
+    return out
+
+
+def _whole(row: Sequence[Node]) -> list[Node]:
+    out: list[Node] = []
+    for node in row:
+        if isinstance(node, Overlap):
+            out.append(Overlap(node.forward, _with_weights(node.backward)))
+        elif node.kind is not Kind.W:
+            out.append(_with_weights(node))
+    return out
+
+
+def _with_weights(action: Action) -> Action:
+    return replace(action, kind=Kind.B) if action.kind is Kind.I else action
 
 
 def insert_p2p(schedule: Schedule) -> Schedule:

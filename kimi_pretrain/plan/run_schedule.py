@@ -10,7 +10,12 @@ from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.config.validate import validate_training
 from kimi_pretrain.pipeline.actions import COPIES, Kind, Schedule, leaves
 from kimi_pretrain.pipeline.errors import MicrobatchError
-from kimi_pretrain.pipeline.passes import insert_offload, insert_p2p, insert_recompute
+from kimi_pretrain.pipeline.passes import (
+    insert_offload,
+    insert_p2p,
+    insert_recompute,
+    limit_weight_grad,
+)
 from kimi_pretrain.pipeline.schedules import generate, one_f_one_b
 from kimi_pretrain.pipeline.shape import looped_placement, v_placement
 from kimi_pretrain.pipeline.transfers import has_p2p
@@ -71,7 +76,7 @@ def complete(schedule: Schedule, activation: ActivationConfig) -> Schedule:
 
 
 def named_schedule(config: Config) -> Schedule:
-    """The schedule that ``config`` names, or the one in the file that it names.
+    """The schedule that ``config`` names, or the one in the file that it names, within its limits.
 
     Args:
         config: settled.
@@ -79,6 +84,11 @@ def named_schedule(config: Config) -> Schedule:
     Raises:
         ConfigError: no such schedule for this shape, or a file of one that cannot run.
     """
+    schedule, held = _named(config), config.parallel.weight_grads_held
+    return schedule if held is None else limit_weight_grad(schedule, held)
+
+
+def _named(config: Config) -> Schedule:
     parallel, microbatches = config.parallel, microbatches_of(config)
     if parallel.schedule_file is not None:
         return _read(Path(parallel.schedule_file), config)

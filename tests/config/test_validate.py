@@ -101,6 +101,7 @@ IN_ONE_GROUP: list[tuple[str, dict[str, Any], str, str]] = [
     ("parallel", {"dp": 5, "ep": 5}, "parallel.ep", "parallel.ep=4"),
     ("parallel", {"dp": 1, "ep": 5}, "parallel.ep", "parallel.ep=4"),
     ("parallel", {"schedule": "interleaved"}, "parallel.schedule", "=interleaved_1f1b"),
+    ("parallel", {"weight_grads_held": -1}, "parallel.weight_grads_held", "=0"),
     ("parallel", {"layer_split": "evn"}, "parallel.layer_split", "=even"),
     ("parallel", {"dense_sharding": "flatt"}, "parallel.dense_sharding", "=flat"),
     ("parallel", {"router_weights": "before"}, "parallel.router_weights", "=before_down"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kimi_pretrain.pipeline.actions import (
     BACKWARD,
@@ -23,6 +24,7 @@ from kimi_pretrain.pipeline.passes import (
     insert_offload,
     insert_p2p,
     insert_recompute,
+    limit_weight_grad,
     overlap_expert_comm,
     split_weight_grad,
 )
@@ -73,6 +75,43 @@ def test_weights_follow_the_send() -> None:
                         assert not [each for each in between if each.kind in COMPUTE]
                         sent = [each for each in between if each.kind in SENDS]
                         assert sent == list(transfer(action, done.placement) or ())[:1]
+
+
+def _put_off(schedule: Schedule, rank: int) -> int:
+    """The most weight gradients that a rank owes at once."""
+    most = now = 0
+    for action in actions(schedule, rank):
+        now += (action.kind is Kind.I) - (action.kind is Kind.W)
+        most = max(most, now)
+    return most
+
+
+@settings(max_examples=60, deadline=None)
+@given(schedules(), st.integers(0, 3))
+def test_no_rank_puts_off_more_weight_gradients(schedule: Schedule, most: int) -> None:
+    """Catches a W lost, done twice or before its I, one that stays put off, and an order in which
+    the other work is done."""
+    limited = limit_weight_grad(schedule, most)
+    verify(limited)
+    verify(insert_p2p(limited))
+    for rank in range(schedule.pp):
+        assert _put_off(limited, rank) <= most
+        before, after = (
+            [(a.stage, a.microbatch, a.kind is Kind.F) for a in row if a.kind is not Kind.W]
+            for row in (_work(schedule)[rank], _work(limited)[rank])
+        )
+        assert before == after
+    if max(_put_off(schedule, rank) for rank in range(schedule.pp)) <= most:
+        assert limited == schedule
+
+
+def test_the_oldest_weight_gradient_is_computed_first() -> None:
+    """Catches W's all done at the first chance, where nothing but their number presses."""
+    rows = ["0F0,0F1,0F2,0I0,0I1,0I2,0W0,0W1,0W2"]
+    limited = limit_weight_grad(Schedule.from_text(rows), 2)
+    assert limited.to_text() == ["0F0,0F1,0F2,0I0,0I1,0W0,0I2,0W1,0W2"]
+    whole = limit_weight_grad(Schedule.from_text(["0F0,0F1,(0F2;0I0)OVERLAP_F_B,0W0,0B1,0B2"]), 0)
+    assert whole.to_text() == ["0F0,0F1,(0F2;0B0)OVERLAP_F_B,0B1,0B2"]
 
 
 def test_weights_of_a_pair_follow_the_pair() -> None:

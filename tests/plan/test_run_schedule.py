@@ -19,6 +19,7 @@ BATCH = "schedule.global_batch_size=8"
         [],
         ["parallel.pp=2", "parallel.schedule=k2", BATCH],
         ["parallel.pp=2", "parallel.vpp=2", "parallel.schedule=dualpipe_v", BATCH],
+        ["parallel.pp=2", "parallel.schedule=k2", "parallel.weight_grads_held=0", BATCH],
         ["parallel.pp=4", "parallel.schedule=zb_h1", "parallel.layer_split=balanced", BATCH],
     ],
 )
@@ -28,6 +29,15 @@ def test_it_is_the_runs(overrides: list[str]) -> None:
     run = run_schedule(config)
     assert run.schedule == training_schedule(config)
     assert [run.stages(rank) for rank in range(config.parallel.pp)] == rank_stages(config)
+
+
+def test_weight_gradients_are_put_off_no_more_than_is_allowed() -> None:
+    """Catches a limit that the run does not know of."""
+    overrides = ["parallel.pp=2", "parallel.vpp=2", "parallel.schedule=dualpipe_v", BATCH]
+    free, tight = (compose([*overrides, *more]) for more in ([], ["parallel.weight_grads_held=1"]))
+    assert run_schedule(tight).schedule != run_schedule(free).schedule
+    whole = compose([*overrides, "parallel.weight_grads_held=0"])
+    assert "I" not in "".join(training_schedule(whole).to_text())
 
 
 def test_a_file_is_read(tmp_path: Path) -> None:
