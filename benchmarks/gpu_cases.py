@@ -31,6 +31,7 @@ class Case:
     arguments: tuple[Any, ...]
     tolerance: float  # relative to the largest number of a result; EXACT
     moved: int | None = None  # bytes that it must read and write; None: bound by arithmetic
+    moved_back: int | None = None  # the same of its gradient
 
     @property
     def differentiable(self) -> bool:
@@ -73,17 +74,17 @@ def cases(dtype: torch.dtype, rows: int, hidden: int, expert: int) -> list[Case]
     sizes = torch.bincount(torch.randint(experts, (rows,), generator=random), minlength=experts)
     layout = group_layout(sizes.tolist(), 1e9, dtype)
     stacked = normal(experts, expert, hidden)
-    tiles = q.nbytes + scale.nbytes
+    tiles, both, permuted = q.nbytes + scale.nbytes, 2 * gate_up.nbytes, sent.nbytes + x.nbytes
     return [
         Case("quantise_tiles", (gate_up,), EXACT, gate_up.nbytes + tiles),
         Case("dequantise_tiles", (q, scale, dtype), EXACT, gate_up.nbytes + tiles),
-        Case("swiglu", (gate_up,), rounding, gate_up.nbytes + grad.nbytes),
+        Case("swiglu", (gate_up,), rounding, gate_up.nbytes + grad.nbytes, both + grad.nbytes),
         Case("swiglu_tiles", (q, scale, dtype), rounding, tiles + grad.nbytes),
-        Case("swiglu_tiles_backward", (grad, q, scale), rounding),
-        Case("rms_norm", (x, weight, 1e-6), rounding, 2 * x.nbytes),
-        Case("take_rows", (x, *order), rounding, sent.nbytes + x.nbytes),
-        Case("summed_rows", (sent, *order), rounding, sent.nbytes + x.nbytes),
-        Case("weighted_rows", (sent, weights, *order), rounding, sent.nbytes + x.nbytes),
+        Case("swiglu_tiles_backward", (grad, q, scale), rounding, tiles + grad.nbytes * 3),
+        Case("rms_norm", (x, weight, 1e-6), rounding, 2 * x.nbytes, 3 * x.nbytes),
+        Case("take_rows", (x, *order), rounding, permuted),
+        Case("summed_rows", (sent, *order), rounding, permuted),
+        Case("weighted_rows", (sent, weights, *order), rounding, permuted, permuted + sent.nbytes),
         Case("max_logits", (queries, keys, 0.1, documents, chosen), 1e-5),
         Case("attention", (queries, keys, values, 0.1, documents), 4 * rounding),
         Case("grouped_linear", (x, stacked, layout), 4 * rounding),
@@ -112,14 +113,33 @@ def _outcome(case: Case, op: Op, arguments: Sequence[Any]) -> list[Tensor]:
         if returned is None:
             returned = arguments[0]
         return list(returned) if isinstance(returned, tuple) else [returned]
-    floating = [a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
-    leaves = [a.requires_grad_() for a in floating]
+    leaves = _leaves(arguments)
     returned = op(*arguments)
     results = list(returned) if isinstance(returned, tuple) else [returned]
     # A gradient of its own for every element, the same on every device.
     grads = [torch.cos(torch.arange(results[0].numel())).view(results[0].shape).to(results[0])]
     gradients = torch.autograd.grad(results[:1], leaves, grads)
     return [*(result.detach() for result in results), *gradients]
+
+
+def forward(case: Case, by: Op, device: str) -> Callable[[], object]:
+    """The case on ``device``, to be run as often as one likes."""
+    arguments = _moved(case.arguments, device)
+    return lambda: by(*arguments)
+
+
+def backward(case: Case, by: Op, device: str) -> Callable[[], object]:
+    """The same of its gradient."""
+    arguments = _moved(case.arguments, device)
+    leaves = _leaves(arguments)
+    result = by(*arguments)
+    grad = torch.ones_like(result)
+    return lambda: torch.autograd.grad(result, leaves, grad, retain_graph=True)
+
+
+def _leaves(arguments: Sequence[Any]) -> list[Tensor]:
+    floating = [a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
+    return [a.requires_grad_() for a in floating]
 
 
 def _moved(arguments: Sequence[Any], device: str) -> list[Any]:

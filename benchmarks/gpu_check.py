@@ -4,8 +4,9 @@
 
 On one NVIDIA GPU: every kernel and every library that ``kernels=auto`` would use, against plain
 torch; the bandwidth that the kernels reach, against a copy on the device; that they run on torch's
-current stream. On all GPUs of the machine: the collectives that a run uses, over NCCL. Writes a
-report and ends with 0 if all held, 1 if not, 2 where there is no GPU.
+current stream; that the offload engine's copies come neither too early nor too late. On all GPUs
+of the machine: the collectives that a run uses, over NCCL. Writes a report and ends with 0 if all
+held, 1 if not, 2 where there is no GPU.
 """
 
 import argparse
@@ -20,7 +21,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu_cases import Case, cases, compare
+from benchmarks.gpu_cases import backward, cases, compare, forward
+from benchmarks.offload_stress import CYCLES_A_SECOND, Hasty, copies_beside_compute, stress
 from kimi_pretrain.config.exit_codes import BAD_INPUT, DONE
 from kimi_pretrain.ops.registry import explain, select
 
@@ -64,28 +66,36 @@ def bandwidth(
     expert: int,
     seconds: Callable[[Callable[[], object]], float],
 ) -> list[Result]:
-    """GB/s of each kernel that is bound by memory, and its share of a copy's."""
+    """GB/s of each kernel that is bound by memory, backwards too, and its share of a copy's."""
     results = []
     for case in cases(torch.bfloat16, rows, hidden, expert):
-        who = explain("auto", device)[case.op]
-        if case.moved is None or who.startswith("reference"):
+        if explain("auto", device)[case.op].startswith("reference"):
             continue
-        results.append(_bandwidth(case, case.moved, device, seconds))
+        op = select(case.op, "auto", device)
+        if case.moved is not None:
+            work = forward(case, op, device)
+            results.append(_bandwidth(case.op, work, case.moved, device, seconds))
+        if case.moved_back is not None:
+            work = backward(case, op, device)
+            what = f"{case.op}, its gradient"
+            results.append(_bandwidth(what, work, case.moved_back, device, seconds))
     return results
 
 
 def _bandwidth(
-    case: Case, moved: int, device: str, seconds: Callable[[Callable[[], object]], float]
+    what: str,
+    work: Callable[[], object],
+    moved: int,
+    device: str,
+    seconds: Callable[[Callable[[], object]], float],
 ) -> Result:
-    op = select(case.op, "auto", device)
-    arguments = [a.to(device) if isinstance(a, torch.Tensor) else a for a in case.arguments]
     source = torch.ones(moved // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = seconds(lambda: target.copy_(source))
-    own = seconds(lambda: op(*arguments))
+    own = seconds(work)
     share = copy / own
     detail = f"{moved / own / 1e9:,.0f} GB/s, {share:.2f} of a copy's {moved / copy / 1e9:,.0f}"
-    return Result("bandwidth", case.op, share >= LEAST_SHARE, detail)
+    return Result("bandwidth", what, share >= LEAST_SHARE, detail)
 
 
 def on_gpu(work: Callable[[], object], rounds: int = 20) -> float:
@@ -95,6 +105,7 @@ def on_gpu(work: Callable[[], object], rounds: int = 20) -> float:
     times = []
     for _ in range(rounds):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(2_000_000)  # the GPU finds all of it queued: no launch is timed
         begin.record()
         work()
         end.record()
@@ -138,6 +149,40 @@ def _first(result: object) -> torch.Tensor:
     chosen = result[0] if isinstance(result, tuple) else result
     assert isinstance(chosen, torch.Tensor)
     return chosen.detach()
+
+
+def offload(
+    device: torch.device, steps: int, elements: int, occupy: Callable[[], Callable[[], bool]]
+) -> list[Result]:
+    """The offload engine: late copies, a wait that is left out, and copies beside the compute.
+
+    ``steps`` of 4 tensors of ``elements`` fp32 numbers; ``occupy`` as for
+    ``copies_beside_compute``.
+    """
+    kept, spoilt = stress(device, steps, elements), stress(device, steps, elements, broken=Hasty)
+    way = copies_beside_compute(device, 64 * elements, occupy)
+    moved = f"{kept.wrong} of {kept.tensors} tensors wrong, {kept.back / 1e9:.2f} GB came back"
+    held = {
+        "right": way.right,
+        "pinned": way.pinned or device.type == "cpu",
+        "freed": way.freed,
+        "beside compute": way.beside,
+    }
+    lost = [name for name, holds in held.items() if not holds]
+    detail = f"{way.out / 1e9:.1f} GB/s to the host, {way.back / 1e9:.1f} back"
+    return [
+        Result("offload", "late copies", not kept.wrong and not kept.left_in_slab, moved),
+        Result("offload", "a wait left out is seen", spoilt.wrong > 0, f"{spoilt.wrong} wrong"),
+        Result("offload", "copies", not lost, "; not ".join([detail, *lost])),
+    ]
+
+
+def busy_gpu() -> Callable[[], bool]:
+    """Gives the current stream about a second of work; whether it still has some."""
+    ended = torch.cuda.Event()
+    torch.cuda._sleep(int(CYCLES_A_SECOND))
+    ended.record()
+    return lambda: not ended.query()
 
 
 def collectives(device: torch.device) -> list[Result]:
@@ -235,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *parity("cuda", *RAGGED),
         *bandwidth("cuda", *STREAMED, on_gpu),
         *streams(),
+        *offload(torch.device("cuda"), 250, 2**20, busy_gpu),
         nccl(),
     ]
     text = written(title(), results)

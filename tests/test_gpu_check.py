@@ -93,8 +93,25 @@ def test_parity_and_bandwidth_name_who_ran() -> None:
         pytest.skip(f"no native kernels: {library.missing()}")
     ticks = cycle([1.0, 2.0])
     found = gpu_check.bandwidth("cpu", *SMALL, lambda work: (work(), next(ticks))[1])
-    assert [r.what for r in found][:2] == ["quantise_tiles", "dequantise_tiles"]
+    moving = [case for case in cases(torch.bfloat16, *SMALL) if case.moved is not None]
+    differentiable = [f"{case.op}, its gradient" for case in moving if case.moved_back is not None]
+    assert {r.what for r in found} == {*(case.op for case in moving), *differentiable}
+    assert set(differentiable) == {
+        f"{op}, its gradient" for op in ("swiglu", "rms_norm", "weighted_rows")
+    }
     assert all(r.passed is False for r in found)  # a copy of 1 s, then a kernel of 2 s
+
+
+def test_offload_is_right_and_a_defect_is_seen() -> None:
+    """Catches a stress that anything passes, a copy that nobody looks at afterwards, and a report
+    that calls copies held which waited for the compute."""
+    cpu = torch.device("cpu")
+    found = {r.what: r for r in gpu_check.offload(cpu, 20, 1000, lambda: lambda: True)}
+    assert [r.passed for r in found.values()] == [True, True, True], found
+    assert found["late copies"].detail.startswith("0 of 80 tensors wrong, 0.00 GB")
+    waited = gpu_check.offload(cpu, 1, 1000, lambda: lambda: False)[-1]
+    assert waited.passed is False
+    assert waited.detail.endswith("back; not beside compute")
 
 
 def test_the_report_counts_and_the_exit_code_follows() -> None:

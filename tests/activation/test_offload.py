@@ -1,44 +1,19 @@
 """The offload engine: the right values whatever the copies' timing, and no state out of turn."""
 
 import gc
-import random
-import time
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.offload_stress import Hasty, Late, poison, stress
 from kimi_pretrain.activation.handles import Keep
 from kimi_pretrain.activation.offload import MOVES, Offload, Offloader, OffloadError, State
-from kimi_pretrain.ops import streams
 from kimi_pretrain.ops.streams import ThreadStream, Ticket
 
 CPU = torch.device("cpu")
 ELEMENTS = 1000  # 4,000 bytes, 4,096 in the slab
-
-
-def poison(part: Tensor) -> None:
-    """What an allocator does that gives the memory to somebody else at once."""
-    part.fill_(torch.nan)
-
-
-class Slow(ThreadStream):
-    """A copy engine that takes its time: a random one before and after every copy."""
-
-    def __init__(self, seed: int, longest: float) -> None:
-        super().__init__("slow copies")
-        self._random, self._longest = random.Random(seed), longest
-
-    def run(self, work: Callable[[], None]) -> Ticket:
-        before, after = (self._random.random() * self._longest for _ in range(2))
-
-        def slowly() -> None:
-            time.sleep(before)
-            work()
-            time.sleep(after)
-
-        return super().run(slowly)
 
 
 class Broken(ThreadStream):
@@ -56,47 +31,16 @@ def kept(value: float) -> Offload:
     return Offload(Keep("norm_in", torch.full((ELEMENTS,), value)))
 
 
-def train(engine: Offloader, steps: int, in_flight: int = 4) -> int:
-    """Steps of a pipeline's stage: forwards fill, backwards read; how many values were wrong."""
-    wrong, number = 0, 0
-    for _ in range(steps):
-        held: list[tuple[float, Offload]] = []
-        for _ in range(in_flight):
-            number += 1
-            mark = engine.mark()
-            handle = kept(float(number))
-            held.append((float(number), handle))
-            torch.full((ELEMENTS,), -1.0).sum()  # the computation that takes freed memory
-            engine.settle(mark)
-            engine.leave([handle])
-        del handle
-        engine.fetch([held[0][1]])
-        while held:
-            mark = engine.mark()
-            value, handle = held.pop(0)
-            if held:
-                engine.fetch([held[0][1]])
-            wrong += not torch.equal(handle.load(), torch.full((ELEMENTS,), value))
-            engine.settle(mark)
-    return wrong
-
-
 def test_a_thousand_steps_of_slow_copies_are_right() -> None:
     """Catches a tensor that is read before it is there, or overwritten before it was copied."""
-    engine = Offloader(CPU, 6 * 4096, Slow(0, 2e-4), poison)
-    assert train(engine, 1000) == 0
-    assert engine.slab.spans.used == 0
-    assert engine.moved.back > 1000 * ELEMENTS * 4
+    found = stress(CPU, 1000, ELEMENTS)
+    assert (found.wrong, found.tensors, found.left_in_slab) == (0, 4000, 0)
+    assert found.back > 1000 * ELEMENTS * 4
 
 
-def _returns_at_once(self: streams._Done) -> None:
-    del self
-
-
-def test_a_missing_wait_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_wait_is_seen() -> None:
     """Catches a stress test that would pass whatever the engine forgot."""
-    monkeypatch.setattr(streams._Done, "wait", _returns_at_once)
-    assert train(Offloader(CPU, 6 * 4096, Slow(0, 2e-4), poison), 50) > 0
+    assert stress(CPU, 50, ELEMENTS, broken=Hasty).wrong > 0
 
 
 @pytest.mark.parametrize("state", State)
@@ -149,7 +93,7 @@ def test_a_full_slab_keeps_what_finds_no_room_until_there_is_some() -> None:
 
 def test_what_is_wanted_while_it_leaves_stays() -> None:
     """Catches a fetch that copies back what its own copy out has not written yet."""
-    engine = Offloader(CPU, 4096, Slow(0, 0.05), poison)
+    engine = Offloader(CPU, 4096, Late(ThreadStream("slow"), CPU, 0.05), poison)
     handle = kept(5.0)
     engine.leave([handle])
     engine.fetch([handle])
