@@ -26,13 +26,11 @@ class MirroredGroup(Group):
     a hang, or rows lost, on a real one.
     """
 
-    device = META
-
     def __init__(
         self, kind: str, ranks: Sequence[int], rank: int, received: Callable[[Tensor], None]
     ) -> None:
         """The group of ``ranks``; ``received`` is told of every message's memory."""
-        super().__init__(kind, ranks, ranks.index(rank), process_group="mirrored")
+        super().__init__(kind, ranks, ranks.index(rank), "mirrored", device=META)
         self._received = received
 
     def all_to_all(

@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from kimi_pretrain.parallel.stopwatch import Stopwatch
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -66,6 +66,7 @@ class Handle:
     ) -> None:
         self._work, self._what, self._deadline, self._finish = work, what, deadline, finish
         self._timed = timed
+        self._failure: PeerError | None = None
 
     @property
     def done(self) -> bool:
@@ -76,8 +77,10 @@ class Handle:
         """Return when the result is there; again and again without harm.
 
         Raises:
-            PeerError: it did not come before the deadline, or a peer is gone.
+            PeerError: it did not come before the deadline, or a peer is gone; every time.
         """
+        if self._failure is not None:
+            raise self._failure
         work, self._work = self._work, None
         finish, self._finish = self._finish, None
         with nullcontext() if work is None or self._timed is None else self._timed:
@@ -93,7 +96,8 @@ class Handle:
             else:
                 work.wait(timedelta(seconds=self._deadline))
         except RuntimeError as error:
-            raise PeerError(f"{self._what}: {first_line(error)}") from error
+            self._failure = PeerError(f"{self._what}: {first_line(error)}")
+            raise self._failure from error
 
 
 class Group:
@@ -107,6 +111,7 @@ class Group:
         process_group: Any = None,
         deadline: float = 600.0,
         downwards: Any = None,
+        device: torch.device = CPU,
     ) -> None:
         """A group.
 
@@ -119,12 +124,14 @@ class Group:
             downwards: torch's group for messages to lower members; None: the same. NCCL runs
                 what two ranks send each other through one group strictly in the order in which
                 each was given it: two that post a receive before they send would block.
+            device: where tensors must be to travel through this group.
         """
         if len(ranks) > 1 and process_group is None:
             raise ValueError(f"{kind}: {len(ranks)} ranks need a process group")
         self.kind, self.ranks, self.index = kind, tuple(ranks), index
         self.process_group, self.deadline = process_group, deadline
         self.downwards = process_group if downwards is None else downwards
+        self.device = device
         self.traffic = Traffic()
         self.stopwatch: Stopwatch | None = None  # is told of every wait
 
@@ -272,13 +279,6 @@ class Group:
         self.all_gather(texts, padded).wait()
         rows = zip(texts.view(self.size, longest), lengths.tolist(), strict=True)
         return [bytes(row[:n].tolist()).decode() for row, n in rows]
-
-    @cached_property  # torch looks the backend up for as long as a small send takes
-    def device(self) -> torch.device:
-        """Where tensors must be to travel through this group."""
-        if self.size > 1 and dist.get_backend(self.process_group) == "nccl":
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("cpu")
 
     def _way(self, sender: int, receiver: int) -> Any:
         return self.process_group if sender < receiver else self.downwards

@@ -1,5 +1,6 @@
 """The ranks of a run as one of them sees them: its place, its device and its groups."""
 
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -87,7 +88,8 @@ def open_world(parallel: ParallelConfig, facts: Mapping[str, str] | None = None)
 
     One process alone opens no process group. Otherwise gloo carries CPU tensors and the
     accelerator's own backend (NCCL) a GPU's, and every operation ends within
-    ``parallel.timeout_seconds``.
+    ``parallel.timeout_seconds``. On CPUs a rank computes in one thread unless OMP_NUM_THREADS
+    says otherwise: ranks share cores, and products in several threads depend on their number.
 
     Args:
         parallel: the topology, and how long to wait.
@@ -96,14 +98,16 @@ def open_world(parallel: ParallelConfig, facts: Mapping[str, str] | None = None)
 
     Raises:
         ConfigError: the number of ranks is not the configured topology's, or versions,
-            ``facts`` or topologies differ between ranks (the same line on all of them).
+            ``facts``, threads of a CPU rank or topologies differ between ranks (the same line
+            on all of them).
         PeerError: some rank did not come in time.
     """
     place, topology = Place.of_environment(), Topology.of_config(parallel)
     _require_size(place, topology)
     device = _device(place.local_rank)
     if topology.world > 1:
-        _join(place, device, _compared(topology, facts or {}), parallel.timeout_seconds)
+        facts = {**(facts or {}), **_threads(device)}
+        _join(place, device, _compared(topology, facts), parallel.timeout_seconds)
     deadline = parallel.timeout_seconds
     formed = {
         kind: _form(kind, topology.group(kind, place.rank), topology, deadline)
@@ -111,24 +115,23 @@ def open_world(parallel: ParallelConfig, facts: Mapping[str, str] | None = None)
     }
     stages = topology.group("pp", place.rank)
     downwards = _form("pp", stages, topology, deadline) if len(stages) > 1 else None
+
+    def group(kind: str, ranks: tuple[int, ...], made: Any, downwards: Any = None) -> Group:
+        index = ranks.index(place.rank)
+        made = made if len(ranks) > 1 else None
+        return Group(kind, ranks, index, made, deadline, downwards, device)
+
     groups = {
-        kind: _group(
+        kind: group(
             kind,
             topology.group(kind, place.rank),
-            place.rank,
             made,
-            deadline,
             downwards if kind == "pp" else None,
         )
         for kind, made in formed.items()
     }
-    everyone = _group(
-        "world",
-        tuple(range(topology.world)),
-        place.rank,
-        dist.group.WORLD if topology.world > 1 else None,
-        deadline,
-    )
+    whole = dist.group.WORLD if topology.world > 1 else None
+    everyone = group("world", tuple(range(topology.world)), whole)
     mesh = _mesh(topology, device, formed) if topology.world > 1 else None
     return World(topology, place.rank, device, **groups, everyone=everyone, mesh=mesh)
 
@@ -162,19 +165,6 @@ def _form(kind: str, ranks: tuple[int, ...], topology: Topology, timeout: float)
             use_local_synchronization=True,
             group_desc=kind,
         )
-
-
-def _group(
-    kind: str,
-    ranks: tuple[int, ...],
-    rank: int,
-    process_group: Any,
-    deadline: float,
-    downwards: Any = None,
-) -> Group:
-    if len(ranks) == 1:
-        return Group(kind, ranks)
-    return Group(kind, ranks, ranks.index(rank), process_group, deadline, downwards)
 
 
 def _mesh(topology: Topology, device: torch.device, formed: dict[str, Any]) -> DeviceMesh:
@@ -221,6 +211,15 @@ def _compared(topology: Topology, facts: Mapping[str, str]) -> dict[str, str]:
         **facts,
         "topology": f"edp {topology.edp} x pp {topology.pp} x ep {topology.ep}",
     }
+
+
+def _threads(device: torch.device) -> dict[str, str]:
+    """Settle in how many threads a rank of a CPU computes; what all must have the same."""
+    if device.type != "cpu":
+        return {}
+    if not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(1)
+    return {"threads of a rank": str(torch.get_num_threads())}
 
 
 def _device(local_rank: int) -> torch.device:

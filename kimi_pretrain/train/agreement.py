@@ -19,7 +19,8 @@ def facts_of_run(config: Config) -> dict[str, str]:
     the kernels that it found, and the digest of its schedule, which a file may hold. ``run_dir``
     is left out: its default contains the time.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = "cpu" if accelerator is None else accelerator.type
     values = {key: str(value) for key, value in flat(config).items() if key != "run_dir"}
     return {
         "version of numpy": np.__version__,

@@ -3,13 +3,14 @@
 import os
 import signal
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 
 from kimi_pretrain.config.schema import ParallelConfig
-from kimi_pretrain.parallel.collectives import Group
+from kimi_pretrain.parallel.collectives import Group, Handle
 from kimi_pretrain.parallel.errors import PeerError
 from kimi_pretrain.parallel.world import open_world
 from tests.distributed.ranks import run_ranks
@@ -239,6 +240,31 @@ def test_a_rank_that_stays_away_is_an_error_in_time(operation: str) -> None:
         assert text.startswith(f"{name} over the world group of ranks 0, 1, 2: "), text
         assert "\n" not in text
         assert 1 < seconds < 3.5
+
+
+class _Late:
+    """Torch's handle of an operation whose peer stays away; counts who waits."""
+
+    def __init__(self) -> None:
+        self.waits = 0
+
+    def is_completed(self) -> bool:
+        return False
+
+    def wait(self, deadline: timedelta) -> None:
+        self.waits += 1
+        raise RuntimeError(f"no answer within {deadline.total_seconds():g} s")
+
+
+def test_a_failure_stays_one() -> None:
+    """Catches a second wait that returns as if the result were there: its tensor holds anything.
+    Another look does not take another deadline."""
+    late, finished = _Late(), []
+    handle = Handle(late, "all_reduce", 2.0, finish=lambda: finished.append(1))
+    for _ in range(2):
+        with pytest.raises(PeerError, match=r"^all_reduce: no answer within 2 s$"):
+            handle.wait()
+    assert (late.waits, finished) == (1, [])
 
 
 def _one_is_killed(rank: int, size: int) -> str:

@@ -1,5 +1,6 @@
 """A rank's view of the world: its groups over real processes, and what it refuses."""
 
+import os
 import time
 from pathlib import Path
 
@@ -77,6 +78,49 @@ def test_no_thread_of_a_process_group_outlives_its_world() -> None:
     "terminate called without an active exception" after its own last line, and dies of SIGABRT."""
     for threads in run_ranks(4, _threads_after):
         assert not [name for name in threads if "gloo" in name], threads
+
+
+def _cards(rank: int, size: int) -> list[str]:
+    """Where the groups of a rank with an accelerator of another make carry tensors."""
+    import kimi_pretrain.parallel.world as module
+
+    module._device = lambda local_rank: torch.device("meta", local_rank)
+    torch.distributed.get_default_backend_for_device = lambda device: "gloo"
+    module._mesh = lambda *formed: None
+    world = open_world(ParallelConfig(dp=size))
+    assert world.device == torch.device("meta", rank)
+    groups = [world.ep, world.pp, world.edp, world.dp, world.everyone]
+    return [str(group.device) for group in groups]
+
+
+def test_groups_carry_tensors_where_the_world_has_them() -> None:
+    """Catches a group that knows NCCL only and takes another accelerator for a CPU, and a group
+    of one whose tensors lie elsewhere than the model's."""
+    assert run_ranks(2, _cards) == [[f"meta:{rank}"] * 5 for rank in range(2)]
+
+
+def _threads(rank: int, size: int, given: tuple[str, ...]) -> str:
+    os.environ["OMP_NUM_THREADS"] = given[rank]
+    torch.set_num_threads(int(given[rank] or 2))  # as OpenMP took it, or took all cores
+    try:
+        open_world(ParallelConfig(dp=size)).close()
+    except ConfigError as error:
+        return str(error)
+    return str(torch.get_num_threads())
+
+
+def test_a_rank_computes_in_one_thread_unless_told() -> None:
+    """Catches ranks of a launcher that sets no OMP_NUM_THREADS (srun, mpirun), each on all cores,
+    and bits that depend on how many those are."""
+    assert run_ranks(2, _threads, ("", "1")) == ["1", "1"]
+    assert run_ranks(2, _threads, ("2", "2")) == ["2", "2"]
+
+
+def test_ranks_of_other_threads_are_told() -> None:
+    """Catches one node that exports OMP_NUM_THREADS: the run's bits would depend on its place."""
+    lines = run_ranks(3, _threads, ("1", "3", "1"))
+    assert len(set(lines)) == 1
+    assert lines[0].startswith("threads of a rank on rank 1: got '3'; every rank must")
 
 
 def _exchange(rank: int, size: int) -> dict[int, tuple[bool, float]]:
