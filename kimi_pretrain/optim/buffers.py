@@ -32,7 +32,10 @@ class BucketBuffers:
         self.parameters = torch.zeros(bucket.size, dtype=dtype, device=device)
         self.gradients = torch.zeros(bucket.size, dtype=high, device=device)
         self.own = slice(group.index * bucket.shard, (group.index + 1) * bucket.shard)
-        self.own_was_finite: Tensor | None = None
+        # Each tensor's range here, and whether what this rank itself gave to its sum was finite.
+        self._own_finite: dict[tuple[int, int], Tensor] = {}
+        ranges = (self._held(start, stop) for _, _, start, stop in named_ranges(bucket, 0))
+        self._own_ranges = [(low, high) for low, high in ranges if low < high]
         self._missing = 0  # gradients of the step that are still to come
         self._reduction: Handle | None = None
         self._gather: Handle | None = None
@@ -80,18 +83,32 @@ class BucketBuffers:
             self._gather.wait()
             self._gather = None
 
-    def still_own(self, start: int, stop: int) -> list[slice]:
-        """What of the elements [start, stop) tells of this rank's own contribution."""
-        if self.own_was_finite is None or not bool(self.own_was_finite):
-            return [slice(start, stop)]
-        before = slice(start, max(start, min(stop, self.own.start)))
-        after = slice(min(stop, max(start, self.own.stop)), stop)
-        return [before, after]
+    def gave_finite(self, start: int, stop: int) -> bool:
+        """Whether this rank's own gradient of the tensor at [start, stop) was finite.
+
+        Outside the rank's shard it is still there to see. Inside lies the group's sum, and
+        what the rank gave to it was noted before.
+        """
+        low, high = self._held(start, stop)
+        noted = self._own_finite.get((low, high))
+        if noted is None:
+            return self._finite(start, stop)
+        return bool(noted) and self._finite(start, low) and self._finite(high, stop)
+
+    def _finite(self, start: int, stop: int) -> bool:
+        return bool(torch.isfinite(self.gradients[start:stop]).all())
+
+    def _held(self, start: int, stop: int) -> tuple[int, int]:
+        """What of the elements [start, stop) lies in this rank's shard; low >= high: nothing."""
+        return max(start, self.own.start), min(stop, self.own.stop)
 
     def _reduce(self) -> None:
         if self.group.size > 1:
             # The sum will lie where this rank's own contribution does: note what that was.
-            self.own_was_finite = torch.isfinite(self.gradient_shard).all()
+            self._own_finite = {
+                (low, high): torch.isfinite(self.gradients[low:high]).all()
+                for low, high in self._own_ranges
+            }
         self._reduction = self.group.reduce_scatter(self.gradient_shard, self.gradients)
 
 
@@ -164,17 +181,13 @@ class ShardedBuffers:
     def nonfinite(self, first_expert: int = 0) -> list[str]:
         """Names of the tensors whose gradient from this rank held a NaN or an infinity.
 
-        Outside the rank's shard its own contribution is still there to see. Inside lies the
-        group's sum, and its names are given where this rank's part of it was not finite.
+        Another rank's is no reason to be named, whoever holds the sum.
         """
         return [
             name
             for buffers in self.buckets
             for name, _, start, stop in named_ranges(buffers.bucket, first_expert)
-            if not all(
-                bool(torch.isfinite(buffers.gradients[part]).all())
-                for part in buffers.still_own(start, stop)
-            )
+            if not buffers.gave_finite(start, stop)
         ]
 
 

@@ -136,6 +136,27 @@ def test_nonfinite_contributions_are_told_from_the_sum() -> None:
     assert buffers.nonfinite() == ["first.weight"]
 
 
+def test_who_lost_one_tensor_is_not_blamed_for_another() -> None:
+    """Catches one verdict on a whole shard: a rank that lost one tensor of its shard would be named
+    for what another rank gave to its neighbours in it."""
+    torch.manual_seed(0)
+    model = Two()
+    specs = [Spec(n, tuple(p.shape), True, False) for n, p in model.named_parameters()]
+    layout = plan_layout(specs, edp=2, ep=1, dense="flat", bucket_elements=100)
+    groups: dict[str, Any] = {"edp": Recorder("edp", []), "dp": Recorder("dp", [])}
+    buffers = ShardedBuffers(dict(model.named_parameters()), layout, groups)
+    (bucket,) = buffers.buckets  # 12 elements of the second layer, then 24: this rank has 18
+    buffers.expect(1)
+    hidden = model.first(torch.randn(3, 4, dtype=torch.float64))
+    bucket.gradients[0] = float("nan")  # the second layer's, of this rank
+    model.second(hidden).sum().backward()
+    buffers.reduced()
+    bucket.gradients[13] = float("inf")  # the first layer's: what the sum brought
+    assert buffers.nonfinite() == ["second.weight"]
+    bucket.gradients[20] = float("inf")  # the first layer's, in the other's shard: this rank's own
+    assert buffers.nonfinite() == ["second.weight", "first.weight"]
+
+
 def test_a_gradient_after_the_reduction_began_is_an_error() -> None:
     """Catches a weight gradient that is computed twice: the second is missing from the sum, or
     is in it, as the transfer happens to read it."""
