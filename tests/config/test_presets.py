@@ -9,6 +9,7 @@ import pytest
 
 from kimi_pretrain.config import compose
 from kimi_pretrain.config.composition import conf_dir, group_options
+from kimi_pretrain.plan.parameters import count_parameters
 
 RELEASED = Path(__file__).parents[1] / "fixtures" / "released"
 
@@ -54,6 +55,11 @@ def test_released_models_to_the_digit(option: str, file: str) -> None:
             assert ours[key] == value, key
     assert released["num_key_value_heads"] == ours["num_attention_heads"]
     assert ours["rope_scaling"] is None or "rope_scaling" in released
+
+
+def test_k2_mini_has_about_a_hundred_million_parameters() -> None:
+    """Catches a change of the dial's arithmetic that moves what docs and users rely on."""
+    assert count_parameters(compose(["model=k2_mini"]).model).total == 93_780_864
 
 
 def _options() -> list[tuple[str, str]]:

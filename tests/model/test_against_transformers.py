@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 from kimi_pretrain.checkpoint.hf import from_hf
+from kimi_pretrain.model.build import from_config
 from kimi_pretrain.model.router import Router
+from kimi_pretrain.ops.kernels import REFERENCE, Kernels
+from kimi_pretrain.ops.native import library
+from kimi_pretrain.ops.registry import kernels_for
 from tests.model import peer
 
 CASES: dict[str, tuple[dict[str, Any], str]] = {
@@ -44,10 +48,16 @@ def case(request: pytest.FixtureRequest) -> tuple[dict[str, Any], str]:
 
 
 def compare(
-    case: tuple[dict[str, Any], str], dtype: torch.dtype, tolerance: float, directory: Path
+    case: tuple[dict[str, Any], str],
+    dtype: torch.dtype,
+    tolerance: float,
+    directory: Path,
+    kernels: Kernels = REFERENCE,
 ) -> None:
     reference = peer.build_peer(*case, dtype=dtype)
-    model = from_hf(peer.save(reference, directory), dtype)
+    read = from_hf(peer.save(reference, directory), dtype)
+    model = from_config(read.config, dtype, kernels=kernels)
+    model.load_state_dict(read.state_dict())
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 97, (2, 41), generator=generator)
     labels = torch.randint(0, 97, (2, 41), generator=generator)
@@ -86,6 +96,16 @@ def worst_element(
 def test_float32(case: tuple[dict[str, Any], str], tmp_path: Path) -> None:
     """Catches any difference of the forward or backward from the family's reference code."""
     compare(case, torch.float32, 1e-4, tmp_path)
+
+
+def test_float32_with_the_kernels_of_a_run(tmp_path: Path) -> None:
+    """Catches a native kernel that is right by itself and wrong where the model calls it: a run
+    takes kernels=auto, everything else here plain torch."""
+    if library.missing() is not None:
+        pytest.skip(f"no native kernels: {library.missing()}")
+    kernels = kernels_for("auto", "cpu", torch.float32)
+    assert kernels.swiglu is not REFERENCE.swiglu
+    compare(CASES["top 8 of 48"], torch.float32, 1e-4, tmp_path, kernels)
 
 
 def test_float64(

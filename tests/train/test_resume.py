@@ -28,8 +28,8 @@ RUN = [
 ]
 
 
-def _start(run_dir: Path, *more: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def _start(run_dir: Path, *more: str, threads: int = 1) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     return subprocess.Popen(
         [*RUN, f"run_dir={run_dir}", *more],
         env=environment,
@@ -60,6 +60,34 @@ def _wait_for_rows(run_dir: Path, process: subprocess.Popen[str], count: int) ->
         time.sleep(0.01)
 
 
+def _kill(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def _kill_while_a_checkpoint_is_written(run_dir: Path, process: subprocess.Popen[str]) -> int:
+    """The step of the newest checkpoint that was whole at the kill.
+
+    The process is stopped first, to be sure that the kill finds another one without its name.
+    """
+    root, deadline = run_dir / "checkpoints", time.monotonic() + 180
+
+    def is_writing() -> bool:
+        return any(root.glob(".writing-*")) and any(root.glob("step-*"))
+
+    while True:
+        while not is_writing():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        if is_writing():
+            _kill(process)
+            return max(int(path.name.removeprefix("step-")) for path in root.glob("step-*"))
+        process.send_signal(signal.SIGCONT)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     runs = {}
@@ -69,26 +97,46 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return runs
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_kill_and_start_again_continues_bitwise(
-    tmp_path: Path, uninterrupted: dict[str, Path], precision: str
-) -> None:
-    """Catches anything a checkpoint forgets: momentum, masters, router bias, data position,
-    step counts; and rows of metrics written twice."""
-    run_dir = tmp_path / "run"
-    for rows in (2, 5, 10):  # before the first checkpoint, between two, and late
-        process = _start(run_dir, f"precision={precision}")
-        _wait_for_rows(run_dir, process, rows)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    _finish(_start(run_dir, f"precision={precision}"))
-    whole = uninterrupted[precision]
+def _require_the_same_run(run_dir: Path, whole: Path) -> None:
     for name in ("metrics.jsonl", "evals.jsonl", "layers.jsonl"):
         assert _rows(run_dir, name) == _rows(whole, name), name
     last = f"checkpoints/step-{STEPS:08d}"
     for name in ("weights.safetensors", "optimizer.safetensors"):
         ours, theirs = (d / last / name for d in (run_dir, whole))
         assert ours.read_bytes() == theirs.read_bytes(), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_kill_and_start_again_continues_bitwise(
+    tmp_path: Path, uninterrupted: dict[str, Path], precision: str
+) -> None:
+    """Catches anything a checkpoint forgets: momentum, masters, router bias, data position,
+    step counts; rows of metrics written twice; half a checkpoint taken for a whole one, and
+    one that costs the whole one before it."""
+    run_dir = tmp_path / "run"
+    for rows in (2, 5):  # before the first checkpoint, and between two
+        process = _start(run_dir, f"precision={precision}")
+        _wait_for_rows(run_dir, process, rows)
+        _kill(process)
+    process = _start(run_dir, f"precision={precision}")
+    whole = _kill_while_a_checkpoint_is_written(run_dir, process)
+    _finish(_start(run_dir, f"precision={precision}"))
+    starts = (run_dir / "launches.jsonl").read_text().splitlines()
+    assert json.loads(starts[-1])["first_step"] == whole
+    assert list(run_dir.glob("checkpoints/.*")) == []
+    _require_the_same_run(run_dir, uninterrupted[precision])
+
+
+def test_two_threads_continue_bitwise(tmp_path: Path) -> None:
+    """Catches sums whose order depends on which thread was first: all other runs here have one
+    thread, and a person's has as many as there are cores."""
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    _finish(_start(whole, "precision=bf16", threads=2))
+    process = _start(run_dir, "precision=bf16", threads=2)
+    _wait_for_rows(run_dir, process, 5)
+    _kill(process)
+    _finish(_start(run_dir, "precision=bf16", threads=2))
+    _require_the_same_run(run_dir, whole)
 
 
 def test_sigterm_checkpoints_and_says_how_to_go_on(
