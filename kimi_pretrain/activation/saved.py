@@ -108,6 +108,11 @@ class Saved:
             if tensor is not None:
                 self._enter(tensor, Keep(CONSTANT, tensor))
 
+    def hold(self, tag: str, tensor: Tensor) -> Ref:
+        """``tensor``, a ``tag``, for who needs it in backward and is no operation: to be loaded."""
+        self.named(tag, tensor)
+        return self._ref(tensor)
+
     def close(self) -> None:
         """The forward is over."""
         self._known.clear()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from kimi_pretrain.activation.held import Held
 from kimi_pretrain.activation.saved import Activations, Saved
 from kimi_pretrain.model.chunk import Chunk
 from kimi_pretrain.model.layer import Layer
@@ -89,7 +90,7 @@ class LayerTape:
     """What a layer keeps of one microbatch between its forward and its backward."""
 
     attend: Graph
-    route: Route | None = None  # None in a dense layer, which is one graph
+    route: Held[Route] | None = None  # None in a dense layer, which is one graph
     expert: Graph | None = None
     combine: Graph | None = None
 
@@ -227,7 +228,7 @@ def _layer_forward(
     ) -> tuple[Tensor, ...]:
         return layer.expert(residual, hidden, Arrived(rows, sizes, own, route))
 
-    tape.route = route
+    tape.route = Held(route, "route", saved)
     tape.expert, (residual, rows) = _run(
         saved, expert, residual, hidden, arrived.rows, arrived.weights
     )
@@ -256,16 +257,17 @@ def _layer_backward(tape: LayerTape, grad: Tensor, dispatcher: Dispatcher) -> St
         return grad
     assert tape.combine is not None
     assert tape.expert is not None
+    route = tape.route.load()
     residual, rows, weights = tape.combine.backward(grad)
     assert rows is not None
     yield Stop("combine")
-    there = dispatcher.send(rows, tape.route)
+    there = dispatcher.send(rows, route)
     del rows
     yield Stop("combine", there)
     residual, hidden, rows, own = tape.expert.backward(residual, there.wait())
     assert rows is not None
     yield Stop("expert")
-    back = dispatcher.send_back(rows, own, tape.route)
+    back = dispatcher.send_back(rows, own, route)
     del rows
     yield Stop("dispatch", back)
     returned, sent_weights = back.wait()

@@ -41,11 +41,14 @@ class Run:
     rows: int
 
 
+Runs = tuple[Run, ...]
+
+
 @dataclass(frozen=True)
 class GroupLayout:
     """Where the rows of every group lie once runs are padded."""
 
-    runs: tuple[Run, ...]
+    runs: Runs
     rows: int  # with padding
     position: Tensor | None  # [rows without padding] to padded row; None: nothing is padded
 
@@ -114,11 +117,11 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, layout: GroupLayout) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.layout = weight, layout
+        ctx.weight, ctx.runs = weight, layout.runs  # not the layout: its tensor has a tag
         matrices = weight.flatten(1, -2)  # [groups, width_out, width_in]
         result = x.new_empty(x.shape[0], matrices.shape[1])
         transposed = matrices.transpose(1, 2)
-        for run, rows, out in _runs(layout, x, result):
+        for run, rows, out in _runs(layout.runs, x, result):
             torch.bmm(rows, transposed[run.first : run.last], out=out)
         return result
 
@@ -130,47 +133,47 @@ class _GroupedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             matrices = weight.flatten(1, -2)
             grad_x = torch.empty_like(x)
-            for run, g, out in _runs(ctx.layout, grad, grad_x):
+            for run, g, out in _runs(ctx.runs, grad, grad_x):
                 torch.bmm(g, matrices[run.first : run.last], out=out)
         if ctx.needs_input_grad[1]:
-            grad_weight = _weight_gradient(weight, grad, x, ctx.layout)
+            grad_weight = _weight_gradient(weight, grad, x, ctx.runs)
         return grad_x, grad_weight, None
 
 
-def _weight_gradient(weight: Tensor, grad: Tensor, x: Tensor, layout: GroupLayout) -> Tensor | None:
+def _weight_gradient(weight: Tensor, grad: Tensor, x: Tensor, runs: Runs) -> Tensor | None:
     if main_gradient(weight) is None:
-        return _gradient(weight, grad, x, layout)
-    add = partial(_add_gradient, weight, grad, x, layout)
+        return _gradient(weight, grad, x, runs)
+    add = partial(_add_gradient, weight, grad, x, runs)
     if not deferred(weight, x, add):
         add()
     return None
 
 
-def _add_gradient(weight: Tensor, grad: Tensor, x: Tensor, layout: GroupLayout) -> None:
+def _add_gradient(weight: Tensor, grad: Tensor, x: Tensor, runs: Runs) -> None:
     main = main_gradient(weight)
     assert main is not None
     total, add = main.flatten(1, -2), adder(weight)
     if main.dtype != grad.dtype and add is add_product:
-        deliver(weight, _gradient(weight, grad, x, layout))
+        deliver(weight, _gradient(weight, grad, x, runs))
         return
     if add is not add_product:
-        for run, g, rows in _runs(layout, grad, x):
+        for run, g, rows in _runs(runs, grad, x):
             for index in range(run.last - run.first):
                 add(total[run.first + index], g[index], rows[index])
         delivered(weight)
         return
-    for run, g, rows in _runs(layout, grad, x):
+    for run, g, rows in _runs(runs, grad, x):
         total[run.first : run.last].baddbmm_(g.transpose(1, 2), rows)
     delivered(weight)
 
 
-def _gradient(weight: Tensor, grad: Tensor, x: Tensor, layout: GroupLayout) -> Tensor:
+def _gradient(weight: Tensor, grad: Tensor, x: Tensor, runs: Runs) -> Tensor:
     gradient = torch.empty_like(weight)
     matrices = gradient.flatten(1, -2)  # [groups, width_out, width_in]
-    for run in layout.runs:
+    for run in runs:
         if not run.rows:
             matrices[run.first : run.last] = 0.0
-    for run, g, rows in _runs(layout, grad, x):
+    for run, g, rows in _runs(runs, grad, x):
         torch.bmm(g.transpose(1, 2), rows, out=matrices[run.first : run.last])
     return gradient
 
@@ -201,10 +204,10 @@ class _Unpad(torch.autograd.Function):
         return grad.new_zeros(ctx.rows, grad.shape[1]).index_copy_(0, position, grad), None
 
 
-def _runs(layout: GroupLayout, a: Tensor, b: Tensor) -> Iterator[tuple[Run, Tensor, Tensor]]:
+def _runs(runs: Runs, a: Tensor, b: Tensor) -> Iterator[tuple[Run, Tensor, Tensor]]:
     """(run, its part of a, its part of b), parts [groups of the run, rows, width]."""
     start = 0
-    for run in layout.runs:
+    for run in runs:
         groups = run.last - run.first
         stop = start + groups * run.rows
         if run.rows:

@@ -1,12 +1,14 @@
 """A chunk under every policy: the same bits as with everything kept."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from kimi_pretrain.activation.handles import Recompute
 from kimi_pretrain.activation.offload import Offloader
 from kimi_pretrain.activation.saved import Activations, Saved, UntaggedError
 from kimi_pretrain.config.activation import PRESETS, TAGS, policies
@@ -17,7 +19,10 @@ from kimi_pretrain.model.microbatch import Microbatch
 from kimi_pretrain.model.record import StepRecord
 from kimi_pretrain.model.tape import ChunkTape, backward_steps, forward_steps, straight
 from kimi_pretrain.ops.kernels import REFERENCE
-from kimi_pretrain.parallel.dispatch import LocalDispatcher
+from kimi_pretrain.ops.registry import kernels_for
+from kimi_pretrain.parallel.collectives import Group, Handle
+from kimi_pretrain.parallel.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from tests.model.reach import held_without_a_tag
 
 TinyConfig = Callable[..., ModelConfig]
 LENGTH = 17
@@ -36,7 +41,13 @@ def custom(tags: Mapping[str, str]) -> Activations:
 class Run:
     """One microbatch forwards and backwards through a whole model."""
 
-    def __init__(self, model: CausalLM, activations: Activations, at_experts: bool) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        activations: Activations,
+        at_experts: bool,
+        dispatcher: Dispatcher | None = None,
+    ) -> None:
         torch.manual_seed(0)
         tokens, labels = torch.randint(model.config.vocab_size, (2, 2, LENGTH))
         documents = torch.arange(LENGTH).expand(2, -1) // 7
@@ -45,7 +56,8 @@ class Run:
             model.config, tau=0.01, aux_scale=1.0, dtype=torch.float64
         )
         shared = Microbatch.build(model.config, LENGTH, dtype, CPU, documents, self.record)
-        self.dispatcher = LocalDispatcher(at_experts)
+        self.dispatcher = dispatcher or LocalDispatcher(at_experts)
+        self.shared = shared
         self.tapes: list[ChunkTape] = []
 
         def loss(hidden: Tensor) -> Tensor:
@@ -64,6 +76,38 @@ class Run:
     @property
     def saved(self) -> Saved:
         return self.tapes[0].saved
+
+    def held_without_a_tag(self) -> dict[str, Tensor]:
+        """Beside what the whole model shares."""
+        every = [*vars(self.shared).values(), *vars(self.record).values()]
+        shared = {_storage(x) for x in every if isinstance(x, Tensor)}
+        held = held_without_a_tag(self.tapes[0]).items()
+        return {path: x for path, x in held if _storage(x) not in shared}
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class Twin(Group):
+    """Two ranks of which one is not there: it sends what this one sends itself, the same tokens
+    to the same experts, and of what it was sent nothing comes back."""
+
+    def __init__(self) -> None:
+        super().__init__("ep", (0, 1), 0, process_group="none")
+
+    def all_to_all(
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_splits: Sequence[int] | None = None,
+        input_splits: Sequence[int] | None = None,
+        name: str = "all_to_all",
+    ) -> Handle:
+        sent, *_ = input.split(input_splits or [len(input) // 2] * 2)
+        for part in output.split(output_splits or [len(output) // 2] * 2):
+            part.zero_()[: len(sent)] = sent[: len(part)]
+        return Handle()
 
 
 def _gradients(model: CausalLM) -> dict[str, Tensor]:
@@ -117,11 +161,71 @@ def test_gradients_are_the_same_bits(
     assert activations.offloader.slab.spans.used == 0
 
 
-def test_every_saved_tensor_has_a_tag(tiny: TinyConfig) -> None:
-    """Catches an operation whose saved tensor no policy reaches: the walk meets all tags."""
-    model = from_config(tiny(), dtype=torch.bfloat16)
-    runs = [Run(model, Activations.kept(), at_experts) for at_experts in (False, True)]
-    assert set().union(*(run.saved.device_bytes() for run in runs)) == set(TAGS)
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+@pytest.mark.parametrize("travels", [False, True], ids=["one rank", "two ranks"])
+def test_every_saved_tensor_has_a_tag(tiny: TinyConfig, travels: bool, kernels: str) -> None:
+    """Catches an operation whose saved tensor no policy reaches: the walk meets all tags, and
+    finds no tensor in an attribute of a ``ctx``, in a closure or on the tape."""
+    found: set[str] = set()
+    chosen = kernels_for(kernels, "cpu", torch.bfloat16)
+    for at_experts in (False, True):
+        dispatcher = LocalDispatcher(at_experts, chosen)
+        if travels:
+            dispatcher = AllToAllDispatcher(Twin(), at_experts, chosen)
+        model = from_config(tiny(), torch.bfloat16, dispatcher=dispatcher, kernels=chosen)
+        run = Run(model, Activations.kept(), at_experts, dispatcher)
+        found |= set(run.saved.device_bytes())
+        assert list(run.held_without_a_tag()) == []
+        again = Run(model, custom(RECOMPUTE), at_experts, dispatcher)
+        assert list(again.held_without_a_tag()) == []
+    assert found == set(TAGS)
+
+
+@pytest.mark.parametrize("place", ["ctx", "closure", "tape"])
+def test_the_walk_sees_what_hooks_do_not(tiny: TinyConfig, place: str) -> None:
+    """Catches a walk that finds nothing wherever it looks."""
+    model = from_config(tiny(), dtype=torch.float32)
+    run = Run(model, custom(RECOMPUTE), False)
+    tape, hidden = run.tapes[0], torch.zeros(3)
+    if place == "tape":
+        tape.hidden = hidden  # type: ignore[attr-defined]
+    elif place == "closure":
+        chain = next(h._chain for h in run.saved.handles() if isinstance(h, Recompute))
+        make = chain._make
+        chain._make = lambda *inputs: (make, hidden)
+    else:
+        edge = tape.layers[0].attend._edges[0]
+        assert edge is not None
+        node = next(node for node, _ in edge.node.next_functions if hasattr(node, "weight"))
+        node.hidden = hidden  # type: ignore[union-attr]
+    assert [path for path in run.held_without_a_tag() if "hidden" in path]
+
+
+def test_how_rows_travelled_leaves_the_device(tiny: TinyConfig) -> None:
+    """Catches a route that stays where it is from forward to backward, and one that comes back
+    as another."""
+    dispatcher = AllToAllDispatcher(Twin())
+    model = from_config(tiny(), torch.float64, dispatcher=dispatcher)
+    plain = Run(model, Activations.kept(), False, dispatcher)
+    plain.backward()
+    want = _gradients(model)
+    activations = custom({"route": "offload"})
+    offloader = activations.offloader
+    assert offloader is not None
+    run = Run(model, activations, False, dispatcher)
+    storages = [
+        StorageWeakRef(part.untyped_storage())  # type: ignore[no-untyped-call]
+        for handle in run.saved.offloadable()
+        for part in handle.parts
+    ]
+    offloader.leave(run.saved.offloadable())
+    offloader.settle(offloader.mark())
+    assert storages
+    assert all(storage.expired() for storage in storages)  # type: ignore[no-untyped-call]
+    offloader.fetch(run.saved.offloadable())
+    run.backward()
+    for name, gradient in _gradients(model).items():
+        assert torch.equal(gradient, want[name]), name
 
 
 def test_an_untagged_tensor_is_an_error(tiny: TinyConfig) -> None:

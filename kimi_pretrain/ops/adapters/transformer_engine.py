@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kimi_pretrain.ops.adapters.probe import obstacle
-from kimi_pretrain.ops.grouped import GroupLayout
+from kimi_pretrain.ops.grouped import GroupLayout, Runs
 from kimi_pretrain.ops.main_grad import deferred, deliver, delivered, main_gradient
 from kimi_pretrain.ops.saved import named
 
@@ -179,10 +179,10 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, layout: GroupLayout) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.layout = weight, layout
+        ctx.weight, ctx.runs = weight, layout.runs  # not the layout: its tensor has a tag
         matrices = weight.flatten(1, -2)  # [groups, width_out, width_in]
         result = x.new_empty(x.shape[0], matrices.shape[1])
-        groups, sizes = _filled(layout)
+        groups, sizes = _filled(layout.runs)
         _multiply(
             [matrices[g] for g in groups], torch.split(x, sizes), [result], sizes, layout="TN"
         )
@@ -190,45 +190,45 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (x,), weight, layout = ctx.saved_tensors, ctx.weight, ctx.layout
+        (x,), weight, runs = ctx.saved_tensors, ctx.weight, ctx.runs
         grad = grads[0].contiguous()
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             matrices = weight.flatten(1, -2)
             grad_x = torch.empty_like(x)
-            groups, sizes = _filled(layout)
+            groups, sizes = _filled(runs)
             each = [matrices[g] for g in groups]
             _multiply(each, torch.split(grad, sizes), [grad_x], sizes, layout="NN", grad=True)
         if ctx.needs_input_grad[1]:
-            add = partial(_add_gradient, weight, grad, x, layout)
+            add = partial(_add_gradient, weight, grad, x, runs)
             if main_gradient(weight) is None:
                 total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-                _accumulate(total, grad, x, layout)
+                _accumulate(total, grad, x, runs)
                 grad_weight = deliver(weight, total)
             elif not deferred(weight, x, add):
                 add()
         return grad_x, grad_weight, None
 
 
-def _add_gradient(weight: Tensor, grad: Tensor, x: Tensor, layout: GroupLayout) -> None:
+def _add_gradient(weight: Tensor, grad: Tensor, x: Tensor, runs: Runs) -> None:
     main = main_gradient(weight)
     assert main is not None
-    _accumulate(main, grad, x, layout)
+    _accumulate(main, grad, x, runs)
     delivered(weight)
 
 
-def _accumulate(total: Tensor, grad: Tensor, x: Tensor, layout: GroupLayout) -> None:
+def _accumulate(total: Tensor, grad: Tensor, x: Tensor, runs: Runs) -> None:
     """Add every group's ``grad.T @ x`` to its part of ``total``, fp32 of the weight's shape."""
-    groups, sizes = _filled(layout)
+    groups, sizes = _filled(runs)
     parts = total.flatten(1, -2)
     each = [parts[g] for g in groups]
     options = {"layout": "NT", "grad": True, "accumulate": True}
     _multiply(torch.split(x, sizes), torch.split(grad, sizes), each, sizes, **options)
 
 
-def _filled(layout: GroupLayout) -> tuple[list[int], list[int]]:
+def _filled(runs: Runs) -> tuple[list[int], list[int]]:
     """The groups that have rows, and how many, padding included."""
-    filled = [(g, run.rows) for run in layout.runs for g in range(run.first, run.last) if run.rows]
+    filled = [(g, run.rows) for run in runs for g in range(run.first, run.last) if run.rows]
     return [group for group, _ in filled], [rows for _, rows in filled]
 
 
