@@ -13,6 +13,7 @@ constexpr int kNormBlock = 256;
 // Two blocks for each of an H100's 132 multiprocessors; a constant, so that no other GPU rounds
 // otherwise.
 constexpr int64_t kStrips = 264;
+constexpr size_t kSharedBytes = 48 << 10;  // of a block, on every GPU
 
 inline int64_t strips(int64_t rows) { return rows < kStrips ? rows : kStrips; }
 
@@ -43,14 +44,19 @@ __global__ void __launch_bounds__(kNormBlock)
 }
 
 // With n = x * scale: dx = scale * (dy * w - n * mean(dy * w * n)), dw = sum over rows of dy * n.
-// A thread has the same columns of every row, so its sums in shared memory are its own.
-template <class T, int N>
+// A thread has the same columns of every row, so its sums are its own: in shared memory, or for rows
+// too wide for it where they end anyway.
+template <class T, int N, bool kInShared>
 __global__ void __launch_bounds__(kNormBlock)
     rms_norm_backward_kernel(const T* __restrict__ grad, const T* __restrict__ x,
                              const T* __restrict__ weight, const float* __restrict__ scale,
                              T* __restrict__ grad_x, float* __restrict__ partial, int64_t rows,
                              int64_t width) {
-  KIMI_DYNAMIC_SHARED(float, sums);
+  float* sums = partial + blockIdx.x * width;
+  if constexpr (kInShared) {
+    KIMI_DYNAMIC_SHARED(float, memory);
+    sums = memory;
+  }
   for (int64_t at = int64_t(threadIdx.x) * N; at < width; at += kNormBlock * N)
     store(sums + at, Pack<float, N>{});
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
@@ -82,8 +88,9 @@ __global__ void __launch_bounds__(kNormBlock)
       store(sums + at, sum);
     }
   }
-  for (int64_t at = int64_t(threadIdx.x) * N; at < width; at += kNormBlock * N)
-    store(partial + blockIdx.x * width + at, load<N>(sums + at));
+  if constexpr (kInShared)
+    for (int64_t at = int64_t(threadIdx.x) * N; at < width; at += kNormBlock * N)
+      store(partial + blockIdx.x * width + at, load<N>(sums + at));
 }
 
 // total[column] = sum over strips of partial[strip, column]: 32 columns a block, N neighbours a
@@ -131,9 +138,17 @@ void rms_norm_backward(const T* grad, const T* x, const T* weight, const float* 
                        void* stream) {
   const bool wide = width % kWide<T> == 0 && aligned(grad, x, weight, grad_x, partial);
   const unsigned blocks = unsigned(strips(rows));
-  KIMI_LAUNCH((wide ? rms_norm_backward_kernel<T, kWide<T>> : rms_norm_backward_kernel<T, 1>),
-              blocks, kNormBlock, width * sizeof(float), stream, grad, x, weight, scale, grad_x,
-              partial, rows, width);
+  const size_t bytes = size_t(width) * sizeof(float);
+  if (bytes <= kSharedBytes)
+    KIMI_LAUNCH((wide ? rms_norm_backward_kernel<T, kWide<T>, true>
+                      : rms_norm_backward_kernel<T, 1, true>),
+                blocks, kNormBlock, bytes, stream, grad, x, weight, scale, grad_x, partial, rows,
+                width);
+  else
+    KIMI_LAUNCH((wide ? rms_norm_backward_kernel<T, kWide<T>, false>
+                      : rms_norm_backward_kernel<T, 1, false>),
+                blocks, kNormBlock, 0, stream, grad, x, weight, scale, grad_x, partial, rows,
+                width);
   const bool sums_wide = width % kWide<float> == 0 && aligned(partial, grad_weight);
   KIMI_LAUNCH((sums_wide ? column_sums_kernel<kWide<float>> : column_sums_kernel<1>),
               blocks_for(width, kSumColumns), kNormBlock, 0, stream, partial, grad_weight,

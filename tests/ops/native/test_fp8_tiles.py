@@ -194,25 +194,47 @@ def test_opcheck() -> None:
         torch.library.opcheck(ops.dequantise_tiles, (q, scale, dtype), test_utils=rest)
 
 
-def test_cuda_s_own_cast_agrees(doors: Any, tmp_path: Path) -> None:
-    """Catches a difference between our cast and cuda_fp8.h's, which the GPU build uses."""
+@pytest.fixture(scope="module")
+def cuda_s_own(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """cuda_fp8.h's conversions, which the GPU build uses, as it defines them for the host."""
     header = Path("/usr/local/cuda/include/cuda_fp8.h")
     if not header.exists() or shutil.which("g++") is None:
         pytest.skip("needs g++ and CUDA's headers")
-    source = tmp_path / "cast.cpp"
+    folder = tmp_path_factory.mktemp("cuda_fp8")
+    source, library = folder / "casts.cpp", folder / "casts.so"
     source.write_text(
         "#include <cuda_fp8.h>\n"
-        'extern "C" void cast(const float* x, unsigned char* q, long n) {\n'
+        'extern "C" void narrow(const float* x, unsigned char* q, long n) {\n'
         "  for (long i = 0; i < n; i++)\n"
         "    q[i] = __nv_cvt_float_to_fp8(x[i], __NV_SATFINITE, __NV_E4M3);\n}\n"
+        'extern "C" void widen(const unsigned char* q, float* x, long n) {\n'
+        "  for (long i = 0; i < n; i++)\n"
+        "    x[i] = __half2float(__half(__nv_cvt_fp8_to_halfraw(q[i], __NV_E4M3)));\n}\n"
     )
-    library = tmp_path / "cast.so"
     command = ["g++", "-shared", "-fPIC", f"-I{header.parent}", str(source), "-o", str(library)]
     subprocess.run(command, check=True)
+    return ctypes.CDLL(str(library))
+
+
+def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+
+
+def test_cuda_s_own_cast_agrees(doors: Any, cuda_s_own: ctypes.CDLL) -> None:
+    """Catches a difference between our cast and cuda_fp8.h's, which the GPU build uses."""
     x = torch.randn(1, 2**16).exp().mul(8).clamp(max=448).view(-1, 128)
     x[:, 0] = 448.0
     theirs = torch.empty(x.shape, dtype=torch.uint8)
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, theirs)]
-    ctypes.CDLL(str(library)).cast(*pointers, ctypes.c_long(x.numel()))
+    cuda_s_own.narrow(*_pointers(x, theirs), ctypes.c_long(x.numel()))
     q, _ = quantised(doors, "cpu", x)
     assert torch.equal(q.view(torch.uint8), theirs)
+
+
+def test_cuda_s_own_way_back_agrees(doors: Any, cuda_s_own: ctypes.CDLL) -> None:
+    """Catches a byte that the GPU build decodes otherwise than we do: all 256, NaN and the
+    subnormals among them, by way of half precision, which holds them exactly."""
+    q = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    theirs, ours = torch.empty(256), torch.empty(256)
+    cuda_s_own.widen(*_pointers(q, theirs), ctypes.c_long(256))
+    doors("dequantise_tiles_cpu_fp32", q, torch.ones(2), ours, 1, 256)
+    assert same(ours, theirs)

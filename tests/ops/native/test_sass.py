@@ -48,7 +48,7 @@ REGISTERS = {
     "quantise_tiles_kernel": 40,
 }
 # Of each, the variant that moves 16 bytes at a time; the others take ragged or unaligned rows.
-WIDE = r"tiles_kernel<\w+, true>|(swiglu|norm|rows|sums)(_backward)?_kernel<(.*, )?(4|8|16)>"
+WIDE = r"tiles_kernel<\w+, true>|(swiglu|norm|rows|sums)(_backward)?_kernel<.*\b(4|8|16)(, \w+)?>"
 SCALE, SCALES, INDEX = {32: 1}, {32: 2}, {64: 1}
 WEIGHT_AND_INDEX = {32: 1, 64: 1}
 # What each of those loads and stores.
@@ -67,8 +67,10 @@ MOVES = {
     "swiglu_backward_kernel<TileRows, float, 16>": (Moves(6, SCALES), Moves(8)),
     "rms_norm_kernel<bf16, 8>": (Moves(3), Moves(1, SCALE)),
     "rms_norm_kernel<float, 4>": (Moves(3), Moves(1, SCALE)),
-    "rms_norm_backward_kernel<bf16, 8>": (Moves(6, SCALE), Moves(3)),
-    "rms_norm_backward_kernel<float, 4>": (Moves(6, SCALE), Moves(2)),
+    "rms_norm_backward_kernel<bf16, 8, true>": (Moves(6, SCALE), Moves(3)),
+    "rms_norm_backward_kernel<float, 4, true>": (Moves(6, SCALE), Moves(2)),
+    "rms_norm_backward_kernel<bf16, 8, false>": (Moves(8, SCALE), Moves(5)),
+    "rms_norm_backward_kernel<float, 4, false>": (Moves(7, SCALE), Moves(3)),
     "column_sums_kernel<4>": (Moves(1), Moves(1)),
     "take_rows_kernel<bf16, 8>": (Moves(1, INDEX), Moves(1)),
     "take_rows_kernel<float, 4>": (Moves(1, INDEX), Moves(1)),
