@@ -5,11 +5,15 @@
 #   make PYTHON=/path/to/python ...     the Python that .venv is made from
 #
 # If that Python already has a torch (a CUDA image, say), .venv sees its packages and keeps that
-# torch; otherwise TORCH is installed. Where pip would take a CUDA build that is not wanted, say
-# which: make TORCH="torch==2.13.0+cpu --extra-index-url URL".
+# torch; otherwise TORCH is installed: make TORCH="torch==2.13.0 --index-url URL" says which.
+#
+# On PyPI torch is a CUDA build of gigabytes. Where there is no nvidia-smi, torch's own index of CPU
+# builds is asked too; out of reach, it costs pip a warning. --no-deps: it is asked for torch alone,
+# whose dependencies come with those of kimi_pretrain from wherever pip takes its packages.
 
 PYTHON ?= python3
-TORCH  ?= torch==2.13.0
+CPU    := --no-deps --extra-index-url https://download.pytorch.org/whl/cpu
+TORCH  ?= torch==2.13.0 $(if $(shell which nvidia-smi 2>/dev/null),,$(CPU))
 ARGS   ?=
 
 VENV      := .venv
@@ -20,7 +24,7 @@ CSRC      := $(shell find csrc -type f -not -name '*.pyc')
 HAS_TORCH := -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-slurm docker-check system dry-run-presets presets lint format bench gpu-check clean
+.PHONY: help train test test-slow test-slurm test-megatron docker-check system dry-run-presets presets lint format bench gpu-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -39,13 +43,17 @@ test-slurm: system $(VENV)/dev  ## run the tests on a real Slurm, and on two hos
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/distributed/test_slurm.py \
 	    tests/distributed/test_two_hosts.py $(ARGS)
 
+test-megatron: $(VENV)/dev $(VENV)/megatron  ## hold our token files against those of Megatron's own code
+	@OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/megatron $(BIN)/python -m pytest -q \
+	    tests/data/test_indexed.py -k megatron $(ARGS)
+
 docker-check:  ## build the CPU image and train in it (root, buildah, debootstrap; docs/docker.md)
 	@docker/check.sh $(ARGS)
 
 system:  ## Debian packages of the launchers' tests (root; without them those are skipped)
-	@if ! which slurmctld munged ip >/dev/null; then apt-get -qq update && \
+	@if ! which slurmctld munged ip ssh sshd >/dev/null; then apt-get -qq update && \
 	    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
-	    slurm-wlm munge iproute2 >/dev/null; fi
+	    slurm-wlm munge iproute2 openssh-client openssh-server >/dev/null; fi
 
 dry-run-presets: $(VENV)/dev  ## run whole steps of the presets on some ranks, without memory (minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python docs/presets/pages.py --dry-run
@@ -95,6 +103,10 @@ $(VENV)/dev: $(VENV)/made setup.py $(CSRC)
 	@$(PIP) 'setuptools>=77'
 	@$(PIP) --no-build-isolation -e '.[dev]'
 	@touch $(VENV)/core $@
+
+# Beside the environment, not in it; the torch that it asks for is there.
+$(VENV)/megatron: | $(VENV)/dev
+	@$(PIP) --no-deps --target $@ megatron-core==0.16.1
 
 $(VENV)/bench: $(VENV)/dev
 	@echo "installing the benchmarks' peers"

@@ -13,6 +13,13 @@ from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.names import CONTAINER_RUNTIMES, LAUNCHERS
 from kimi_pretrain.config.nearest import nearest_name
 
+# Asks for no password; a host that does not come up is given up after 10 seconds, one that is cut
+# off after 15 to 20: ssh itself would wait for hours (ssh_config(5)).
+SSH = (
+    *("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10"),
+    *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"),
+)
+
 
 @dataclass
 class ContainerConfig:
@@ -50,7 +57,7 @@ class LauncherConfig:
     container: ContainerConfig = field(default_factory=ContainerConfig)
     # hostfile
     hostfile: str | None = None  # lines of `HOST slots=N`
-    ssh: list[str] = field(default_factory=lambda: ["ssh", "-o", "BatchMode=yes"])
+    ssh: list[str] = field(default_factory=lambda: list(SSH))
 
 
 _SLURM = (

@@ -32,6 +32,7 @@ RUN = (
     "logging.report=false",
     "cluster=cpu",
     "launcher.time=20",
+    "launcher.check_memory=false",
     "launcher.address=127.0.0.1",  # names of virtual nodes do not resolve
 )
 

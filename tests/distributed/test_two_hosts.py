@@ -6,14 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
 from tests.distributed.slurm import wait_until
-from tests.distributed.two_hosts import INTERFACE, Hosts, two_hosts, why_not
+from tests.distributed.two_hosts import INTERFACE, SSHD, Hosts, ssh_servers, two_hosts, why_not
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, "-m", "kimi_pretrain", "launch"]
@@ -33,6 +34,7 @@ RUN = (
     "schedule.bigram_baseline=false",
     "data.sequence_length=32",
     "logging.report=false",
+    "launcher.check_memory=false",
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() != "", reason=why_not())]
@@ -45,14 +47,20 @@ def _rows(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.endswith(TIMING)} for row in rows]
 
 
-def _start(hosts: Hosts, folder: Path, *more: str) -> subprocess.Popen[str]:
+def _start(
+    hosts: Hosts,
+    folder: Path,
+    *more: str,
+    ssh: Sequence[str] = (),
+    stderr: int | TextIO = subprocess.PIPE,
+) -> subprocess.Popen[str]:
     hostfile = folder / "hosts"
     hostfile.write_text("".join(f"{address} slots=1\n" for address in hosts.addresses))
     ours = (
         "cluster=cpu",
         "parallel.timeout_seconds=6",
         f"launcher.hostfile={hostfile}",
-        f"launcher.ssh=[{hosts.ssh}]",
+        f"launcher.ssh={[*ssh] or [str(hosts.ssh)]}",
         f"+launcher.environment.GLOO_SOCKET_IFNAME={INTERFACE}",
         f"run_dir={folder / 'run'}",
     )
@@ -60,7 +68,7 @@ def _start(hosts: Hosts, folder: Path, *more: str) -> subprocess.Popen[str]:
         [*PROGRAM, "hostfile", *RUN, *ours, *more],
         cwd=ROOT,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
     )
 
@@ -87,6 +95,29 @@ def test_a_lost_host_comes_back_and_all_go_on_from_the_last_checkpoint(tmp_path:
     assert "kimi-pretrain: 10.77.0.2 ended with code -9; starting it again\n" in err
     assert "resumed from" in out
     assert _rows(run_dir) == _rows(whole)
+
+
+@pytest.mark.skipif(not SSHD.exists(), reason="no sshd: apt-get install openssh-server")
+def test_a_host_that_is_cut_off_is_noticed_over_ssh(tmp_path: Path) -> None:
+    """Catches an ssh that waits for hours for a host nobody reaches, while the others' ranks wait
+    for it, and a run that does not go on once it can be reached again."""
+    run_dir, err = tmp_path / "run", tmp_path / "stderr"
+    noticed = "kimi-pretrain: 10.77.0.2 ended with code 255; starting it again\n"
+    with two_hosts(tmp_path) as hosts, ssh_servers(hosts, tmp_path) as ssh, err.open("w") as file:
+        run = _start(hosts, tmp_path, ssh=ssh, stderr=file)
+        wait_until(lambda: len(_rows(run_dir)) >= 3 or run.poll() is not None, 120, err.read_text)
+        hosts.link(1, "down")
+        assert len(_rows(run_dir)) < STEPS
+        try:
+            wait_until(lambda: noticed in err.read_text(), 25, err.read_text)
+        finally:
+            hosts.link(1, "up")
+        out, _ = run.communicate(timeout=180)
+        # What was cut off has found by itself that nobody waits for it.
+        wait_until(lambda: len(hosts.processes(1)) == 1, 90, str)  # the sshd
+    assert run.returncode == 0, (out, err.read_text())
+    assert "resumed from" in out
+    assert [row["step"] for row in _rows(run_dir)] == list(range(1, STEPS + 1))
 
 
 def test_a_signal_stops_every_host_in_order(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Two hosts on this machine: network namespaces joined by a pair of virtual interfaces.
 
-What ssh would run on a host runs in its namespace. A host is cut off by taking its interface
-down: what was sent is lost, and nobody hears that it was.
+What ssh would run on a host runs in its namespace, or an sshd does in each. A host is cut off by
+taking its interface down: what was sent is lost, and nobody hears that it was.
 """
 
 import os
@@ -12,11 +12,31 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from kimi_pretrain.config.launcher import SSH
+
 INTERFACE = "eth0"
 _SSH = """\
 #!/bin/sh
 # HOST COMMAND, as ssh has them; a host's namespace is named after the last part of its address.
 exec ip netns exec "{prefix}${{1##*.}}" sh -c "$2"
+"""
+SSHD = Path("/usr/sbin/sshd")
+_SERVER = """\
+ListenAddress {address}
+HostKey {folder}/host_key
+AuthorizedKeysFile {folder}/key.pub
+PidFile none
+StrictModes no
+UsePAM no
+PermitRootLogin prohibit-password
+"""
+_CLIENT = """\
+User root
+IdentityFile {folder}/key
+IdentitiesOnly yes
+StrictHostKeyChecking no
+UserKnownHostsFile /dev/null
+LogLevel ERROR
 """
 
 
@@ -53,7 +73,11 @@ class Hosts:
 
     def run(self, host: int, *command: str) -> subprocess.Popen[bytes]:
         """Start a command on a host."""
-        return subprocess.Popen(["ip", "netns", "exec", self._name(host), *command])
+        return subprocess.Popen([*self.on(host), *command])
+
+    def on(self, host: int) -> list[str]:
+        """The words before a command that is to run on a host."""
+        return ["ip", "netns", "exec", self._name(host)]
 
     def _name(self, host: int) -> str:
         return f"{self.prefix}{self.addresses[host].rpartition('.')[2]}"
@@ -81,6 +105,26 @@ def two_hosts(folder: Path) -> Iterator[Hosts]:
             _ip("-n", name, "link", "set", "lo", "up")
             hosts.link(host, "up")
         yield hosts
+
+
+@contextmanager
+def ssh_servers(hosts: Hosts, folder: Path) -> Iterator[list[str]]:
+    """An sshd on each host, with keys of their own; yields words before ssh's on the first host,
+    and after them."""
+    Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # sshd's own, which Debian makes at boot
+    for name in ("host_key", "key"):
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True
+        )
+    (folder / "ssh_config").write_text(_CLIENT.format(folder=folder))
+    with ExitStack() as stack:
+        for host, address in enumerate(hosts.addresses):
+            conf = folder / f"sshd_config-{host}"
+            conf.write_text(_SERVER.format(folder=folder, address=address))
+            server = hosts.run(host, str(SSHD), "-D", "-e", "-f", str(conf))
+            stack.callback(server.wait)
+            stack.callback(server.terminate)
+        yield [*hosts.on(0), SSH[0], "-F", f"{folder}/ssh_config", *SSH[1:]]
 
 
 def _ip(*words: str) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kimi_pretrain.config import compose
 from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.config.launcher import SSH
 from kimi_pretrain.launch.hostfile import commands_of
 from kimi_pretrain.launch.quoting import shell_word
 from kimi_pretrain.launch.slurm import SlurmJob, job_of, render
@@ -151,7 +152,7 @@ def test_words_of_a_host_arrive_as_they_were(stubs: Path, words: list[str], valu
     )
     config.launcher.environment["FUZZED"] = value
     (command,) = commands_of(config, words, stubs, "1")
-    assert command[:-1] == ["ssh", "-o", "BatchMode=yes", "node-a"]
+    assert command[:-1] == [*SSH, "node-a"]
     got, variable = _run(command[-1], stubs)
     assert got[got.index("--") + 1 :] == words
     assert variable == value
