@@ -37,12 +37,10 @@ from kimi_pretrain.pipeline.actions import COMPUTE, Action, Kind, Node, Overlap,
 from kimi_pretrain.pipeline.mailbox import Key, Mailbox
 from kimi_pretrain.pipeline.timeline import ALL_TO_ALL, COPY, P2P
 from kimi_pretrain.pipeline.watch import Observe, Watch
+from kimi_pretrain.pipeline.weigh import weighed
 
 Products = list[Product]  # matrix products that add weight gradients
 Waiting = list[tuple[str, Products]]  # those of one backward, by the phase that put them off
-
-
-WAITING = "products"  # beside the tags: inputs of weight gradients, between I and W
 
 
 @dataclass
@@ -82,7 +80,8 @@ class Executor:
         self.observe = observe
         self.activations = Activations.kept() if activations is None else activations
         # told, after every segment, of the bytes on the device that backwards wait for, by tag
-        self.weigh: Callable[[dict[str, int]], None] | None = None
+        self.weigh: Callable[[Mapping[str, int]], None] | None = None
+        self.look: Callable[[], None] = _nothing  # tells it now, within a step
         self.deferral = Deferral()
         for _, parameter in model.named_parameters():
             parameter.main_grad_deferral = self.deferral  # type: ignore[attr-defined]
@@ -94,6 +93,7 @@ class Executor:
             PeerError: another rank failed or did not answer in time; says in which action.
         """
         step = _Step(self, work)
+        self.look = step.weigh
         for position, node in enumerate(self.schedule.ranks[self.group.index]):
             try:
                 step.do(node)
@@ -127,6 +127,7 @@ class _Step:
     queued: dict[tuple[int, int], Waiting] = field(default_factory=dict)
     # the last layer's of a whole backward, and the node it was in
     held: tuple[str, Action, Waiting] | None = None
+    putting_off: Waiting = field(default_factory=list)  # those of the backward that is computed
 
     def __post_init__(self) -> None:
         self.schedule, self.model = self.executor.schedule, self.executor.model
@@ -154,7 +155,7 @@ class _Step:
             self._overlap(node.forward, node.backward)
         else:
             _DO[node.kind](self, node)
-        self._weigh()
+        self.weigh()
         if computes and self.offloader is not None:
             self.offloader.settle(leaving)
 
@@ -263,13 +264,15 @@ class _Step:
         ``waiting`` takes the weight gradients that a backward puts off; ``at_once`` computes
         them as soon as rows are flying, but for those of the last phases.
         """
+        self.putting_off = [] if waiting is None else waiting
         while strands:
             for strand in list(strands):
-                if not self._go_on(strand, waiting if strand.backward else None):
+                goes_on = self._go_on(strand, waiting if strand.backward else None)
+                self.weigh()
+                if not goes_on:
                     strands.remove(strand)
                 elif at_once and strand.backward and waiting:
                     self._compute_waiting(strand.action, waiting)
-                self._weigh()
 
     def _go_on(self, strand: _Strand, waiting: Waiting | None) -> bool:
         """Compute until rows fly again; False once it has ended."""
@@ -295,17 +298,14 @@ class _Step:
             if waiting is not None and products:
                 waiting.append((phase, products))
 
-    def _weigh(self) -> None:
-        if self.executor.weigh is None:
-            return
-        waiting = {
-            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-            for queue in self.queued.values()
-            for _, products in queue
-            for _, x in products
-        }
-        sizes = self.executor.activations.device_bytes()
-        self.executor.weigh(sizes | {WAITING: sum(waiting.values())})
+    def weigh(self) -> None:
+        """Tell whoever asked what lies on the device for backwards now."""
+        if self.executor.weigh is not None:
+            late = [] if self.held is None else self.held[2]
+            queues = [*self.queued.values(), self.putting_off, late]
+            products = [product for queue in queues for _, part in queue for product in part]
+            products += self.deferral.into or []
+            self.executor.weigh(weighed(self.executor.activations, products))
 
     def _compute_held(self) -> None:
         if self.held is not None:
@@ -379,6 +379,10 @@ class _Step:
             documents = several_documents(batch.document_ids)
             self.shared[number] = replace(self.positions[length], document_ids=documents)
         return self.shared[number]
+
+
+def _nothing() -> None:
+    """No step is running."""
 
 
 @torch.no_grad()  # else a main gradient would become part of the forward's graph

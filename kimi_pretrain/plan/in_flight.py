@@ -6,8 +6,10 @@ from itertools import zip_longest
 
 from kimi_pretrain.pipeline.actions import COMPUTE, Action, Kind, Node, Schedule, leaves
 from kimi_pretrain.plan.activations import Kept
+from kimi_pretrain.plan.backward import Bytes, Step
 
 Place = tuple[int, int]  # stage, microbatch
+_NOTHING = Step(Bytes(), Bytes())
 
 
 @dataclass(frozen=True)
@@ -34,66 +36,69 @@ def most_held(schedule: Schedule, rank: int, kept: Sequence[Kept]) -> Held:
 def held_along(schedule: Schedule, rank: int, kept: Sequence[Kept]) -> list[Held]:
     """[nodes] the most that a rank holds during each node of its row: the order needs no clock.
 
-    What F leaves is held until its backward comes to it, segment by segment; inputs of products
-    from then until W, where there is one, as are the gradients of their outputs. In a pair both go
-    on in turn. What is offloaded is still on the device during the next computation, and what comes
-    back is there from when its PREFETCH stands; what is recomputed ahead, from its RECOMPUTE.
+    What F leaves is held until its backward comes to it, segment by segment, and meanwhile what
+    the backward computes again or widens; inputs of products and the gradients of their outputs
+    from then until W. Of a whole backward those of the last segment wait until the next
+    computation begins. In a pair both go on in turn. What is offloaded is still on the device
+    during the next computation, and what comes back is there from when its PREFETCH stands; what
+    is recomputed ahead, from its RECOMPUTE.
     """
-    device: dict[Place, float] = {}  # where something is, however little
-    owed: dict[Place, float] = {}  # gradients of outputs, from I to W
+    device: dict[Place, Bytes] = {}  # where something is, however little
     leaving: list[Place] = []
     ahead: set[Place] = set()  # computed again already
-    now = host = 0.0
+    late: list[Place] = []  # whole backwards of which the last weight gradients wait
+    now, host = Bytes(), 0.0
     moments = []
     for node in schedule.ranks[rank]:
-        most, within, computes = now, 0.0, False
-        here = set(device)
-        if leaves(node)[0].kind in COMPUTE:
-            computes = True
-            most += _most_within(
-                [
-                    _changes(leaf, kept[leaf.stage], (leaf.stage, leaf.microbatch) in ahead)
-                    for leaf in _in_turn(node)
-                ]
-            )
+        computes = leaves(node)[0].kind in COMPUTE
+        if computes:
+            for place in late:
+                now = now.minus(device.pop(place, Bytes()))
+            late = []
+        before, most, here = now, now, set(device)
+        if computes:
+            strands = [
+                _steps(leaf, kept[leaf.stage], (leaf.stage, leaf.microbatch) in ahead)
+                for leaf in _in_turn(node)
+            ]
+            most = before.plus(_most_within(strands))
         for leaf in leaves(node):
             place, stage = (leaf.stage, leaf.microbatch), kept[leaf.stage]
-            after = device.get(place, 0.0)
+            was = after = device.pop(place, Bytes())
             match leaf.kind:
                 case Kind.F:
-                    after = stage.total
+                    after = Bytes(stage.total)
                 case Kind.PREFETCH:
                     host -= stage.host
                     if place in leaving:  # it has not left yet
                         leaving.remove(place)
                     else:
-                        after += stage.host
+                        after = after.plus(Bytes(stage.host))
                 case Kind.RECOMPUTE:
-                    after += sum(stage.again.values())
+                    after = after.plus(Bytes(sum(stage.again.values())))
                     ahead.add(place)
                 case Kind.OFFLOAD:
                     leaving.append(place)
                     host += stage.host
                 case Kind.I:
-                    after = stage.inputs
-                    owed[place] = stage.until_w
-                case Kind.W:
-                    after = 0.0
-                    within = owed.pop(place)
+                    after = stage.backward(place in ahead, True).waits
                 case Kind.B:
-                    after = 0.0
-                    within = stage.until_w / stage.layers  # each is done before the next one's
-            now += after - device.pop(place, 0.0)
-            if after:
+                    after = stage.backward(place in ahead, False).waits
+                    late.append(place)
+                case Kind.W:
+                    after = Bytes()
+            now = now.plus(after).minus(was)
+            if after.total:
                 device[place] = after
                 here.add(place)
-        moments.append(Held(max(now, most), host, len(here), sum(owed.values()) + within))
+        most = max(most, now, key=_total)
+        moments.append(Held(most.device, host, len(here), most.gradients))
         if computes:  # the copies before this computation are done
             for place in leaving:
-                now -= kept[place[0]].host
-                device[place] -= kept[place[0]].host
-                if not device[place]:
-                    del device[place]
+                left = device.pop(place, Bytes()).minus(Bytes(kept[place[0]].host))
+                now = now.minus(Bytes(kept[place[0]].host))
+                if left.total:
+                    device[place] = left
             leaving = []
     return moments
 
@@ -103,27 +108,29 @@ def _in_turn(node: Node) -> list[Action]:
     return list(reversed(leaves(node)))
 
 
-def _changes(action: Action, kept: Kept, ahead: bool) -> list[float]:
+def _steps(action: Action, kept: Kept, ahead: bool) -> Sequence[Step]:
     """What an action adds to the device, segment by segment.
 
     ``ahead``: what it would compute again is there already, and goes with the rest.
     """
     match action.kind:
         case Kind.F:
-            return [segment.kept for segment in kept.segments]
-        case Kind.I:
-            return [s.inputs - s.kept - s.again * ahead for s in reversed(kept.segments)]
-        case Kind.B:
-            return [-s.kept - s.again * ahead for s in reversed(kept.segments)]
+            return [Step(Bytes(size), Bytes(size)) for size in kept.forward]
+        case Kind.I | Kind.B:
+            return kept.backward(ahead, action.kind is Kind.I).steps
         case _:
             return []
 
 
-def _most_within(strands: list[list[float]]) -> float:
+def _most_within(strands: Sequence[Sequence[Step]]) -> Bytes:
     """The most that is added at once if strands take turns."""
-    most = now = 0.0
-    for turn in zip_longest(*strands, fillvalue=0.0):
-        for change in turn:
-            now += change
-            most = max(most, now)
+    most = now = Bytes()
+    for turn in zip_longest(*strands, fillvalue=_NOTHING):
+        for step in turn:
+            most = max(most, now.plus(step.most), key=_total)
+            now = now.plus(step.after)
     return most
+
+
+def _total(held: Bytes) -> float:
+    return held.total

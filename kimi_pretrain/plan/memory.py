@@ -53,7 +53,8 @@ class RankMemory:
     parameters: float
     gradients: float
     optimizer: float
-    activations: float  # what forwards keep for backwards, at its most
+    # what forwards keep for backwards and a backward computes again or widens, at its most
+    activations: float
     weight_gradients: float  # what waits between I and W, or within one layer's backward
     communication: float  # rows, activations and gradients on their way
     reserved: float  # CUDA, NCCL, libraries

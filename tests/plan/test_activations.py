@@ -16,13 +16,11 @@ from kimi_pretrain.model.record import StepRecord
 from kimi_pretrain.model.tape import ChunkTape, forward_steps, straight
 from kimi_pretrain.ops import attention as attention_ops
 from kimi_pretrain.parallel.dispatch import LocalDispatcher
-from kimi_pretrain.plan.activations import (
+from kimi_pretrain.plan.activations import Setting, gradients_until_w, layer_kept, stage_kept
+from kimi_pretrain.plan.operations import (
     ATTENTION_KEPT_ELEMENTS,
+    ATTENTION_MAX_ROWS,
     ATTENTION_MIN_ROWS,
-    Setting,
-    gradients_until_w,
-    layer_kept,
-    stage_kept,
 )
 
 LENGTH = 256
@@ -81,6 +79,7 @@ def test_the_constants_are_the_operations() -> None:
     """Catches a threshold that was changed in the operation only."""
     assert attention_ops._KEPT_ELEMENTS == ATTENTION_KEPT_ELEMENTS
     assert attention_ops._MIN_ROWS == ATTENTION_MIN_ROWS
+    assert attention_ops._MAX_ROWS == ATTENTION_MAX_ROWS
 
 
 def k2(policy: str) -> Setting:
@@ -105,7 +104,6 @@ def test_k2s_policy_keeps_a_third() -> None:
         "attn_out",
         "router",
         "route",
-        "way",
         "expert_up_in",
         "swiglu_in",
     }
