@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from kimi_pretrain.activation.handles import Chain, Fp8Tile, Handle, Keep, Recompute, Ref
 from kimi_pretrain.activation.offload import Offload, Offloader
 from kimi_pretrain.config.activation import TAGS, Policy
-from kimi_pretrain.ops.fp8_tiles import dequantise_tiles, quantise_tiles
+from kimi_pretrain.ops.fp8_tiles import dequantise_tiles, marked_tiles, quantise_tiles
 from kimi_pretrain.ops.saved import saving
 
 _KEEP = Policy()
@@ -33,6 +34,8 @@ class Activations:
     quantise: Callable[[Tensor], tuple[Tensor, Tensor]] = quantise_tiles
     dequantise: Callable[[Tensor, Tensor, torch.dtype], Tensor] = dequantise_tiles
     live: "weakref.WeakSet[Saved]" = field(default_factory=weakref.WeakSet, init=False)
+    # FP8 tiles with a NaN or an infinity, by tag, since this was cleared: scalars on the device
+    marked: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     @classmethod
     def kept(cls) -> "Activations":
@@ -51,15 +54,29 @@ class Activations:
         """What keeps ``tensor``'s storage."""
         inner: Handle
         if self.policies[tag].fp8:
-            inner = Fp8Tile(tag, tensor, self.quantise, self.dequantise)
+            inner = Fp8Tile(tag, tensor, partial(self.tiles, tag), self.dequantise)
         else:
             inner = Keep(tag, tensor)
         return self._placed(inner)
 
     def handles_of_tiles(self, tag: str, tensor: Tensor) -> list[tuple[Tensor, Handle]]:
         """Codes and scales of ``tensor`` [..., width], each with what keeps it as it is."""
-        parts = self.quantise(tensor.detach())
-        return [(part, self._placed(Keep(tag, part))) for part in parts]
+        return [(part, self._placed(Keep(tag, part))) for part in self.tiles(tag, tensor)]
+
+    def tiles(self, tag: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes [..., width] and scales [..., tiles] of ``tensor``; marked tiles are counted.
+
+        On the device: nobody waits for the count.
+        """
+        codes, scale = self.quantise(tensor.detach())
+        found = marked_tiles(scale).sum()
+        self.marked[tag] = self.marked[tag] + found if tag in self.marked else found
+        return codes, scale
+
+    def marked_by_tag(self) -> dict[str, int]:
+        """How many tiles were marked, of the tags that had any; waits for the device."""
+        counts = {tag: int(found) for tag, found in self.marked.items()}
+        return {tag: count for tag, count in counts.items() if count}
 
     def _placed(self, handle: Handle) -> Handle:
         return Offload(handle) if self.policies[handle.tag].offload else handle

@@ -2,7 +2,7 @@
 
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -12,24 +12,29 @@ class GuardStop(Exception):
 
 
 def require_finite(
-    step: int, loss: float, grad_norm: float, suspects: Callable[[], list[str]]
+    step: int,
+    loss: float,
+    grad_norm: float,
+    suspects: Callable[[], Mapping[str, Sequence[str]]],
 ) -> None:
     """Raise GuardStop before the update when the loss or any gradient is NaN or infinite.
 
-    ``suspects`` names the tensors whose gradient is not finite; it is asked only then, on
-    every rank, since loss and norm are the same everywhere.
+    ``suspects`` says what is not finite, and in which tensors; it is asked only then, on every
+    rank, since loss and norm are the same everywhere.
     """
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
-    names = suspects()
-    where = f"; gradients not finite in {', '.join(names[:8])}" if names else ""
-    if len(names) > 8:
-        where += f" and {len(names) - 8} more"
+    found = "".join(f"; {what} in {_listed(names)}" for what, names in suspects().items() if names)
     raise GuardStop(
-        f"step {step}: loss {loss}, gradient norm {grad_norm}{where}; "
+        f"step {step}: loss {loss}, gradient norm {grad_norm}{found}; "
         "a step must be finite; weights are unchanged: try a lower optimizer.lr, or inspect "
         "the data of this step"
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
 
 
 class StopRequest:

@@ -103,7 +103,9 @@ class TrainStep:
             PeerError: another rank failed or did not answer in time; says in what.
         """
         self.stopwatch.enter("compute")
-        offloader = self.executor.activations.offloader
+        activations = self.executor.activations
+        activations.marked.clear()
+        offloader = activations.offloader
         if offloader is not None:
             offloader.moved = Moved()
         observations = self._accumulate(batch, stop)
@@ -160,11 +162,19 @@ class TrainStep:
         self.executor.run(Work(microbatches, record, int(labels), forwards_done))
         return observations[0]
 
-    def _suspects(self) -> list[str]:
-        """Whose gradient of which tensors was not finite; every rank's, on every rank."""
-        rank, names = self.world.rank, self.optimizer.nonfinite()
-        shown = [f"rank {rank}: {name}" if self.world.size > 1 else name for name in names[:4]]
-        if len(names) > 4:
-            shown.append(f"rank {rank}: {len(names) - 4} more")
-        told = self.world.everyone.gather_texts("\n".join(shown))
+    def _suspects(self) -> dict[str, list[str]]:
+        """What was not finite, and whose; every rank's, on every rank."""
+        names = self.optimizer.nonfinite()
+        more = [f"{len(names) - 4} more"] if len(names) > 4 else []
+        marked = self.executor.activations.marked_by_tag()
+        tiles = [f"{tag} ({count:,})" for tag, count in marked.items()]
+        return {
+            "gradients not finite": self._told([*names[:4], *more]),
+            "FP8 tiles with a NaN or an infinity": self._told(tiles),
+        }
+
+    def _told(self, own: list[str]) -> list[str]:
+        """The lines of all ranks, each with the rank's number where there are several."""
+        rank = f"rank {self.world.rank}: " if self.world.size > 1 else ""
+        told = self.world.everyone.gather_texts("\n".join(rank + line for line in own))
         return [line for text in told if text for line in text.splitlines()]

@@ -13,8 +13,10 @@ from kimi_pretrain.train.guards import GuardStop, require_finite, stop_on_signal
 )
 def test_a_step_that_is_not_finite_is_refused(loss: float, norm: float) -> None:
     """Catches comparisons that a NaN passes."""
-    with pytest.raises(GuardStop, match=r"step 7.*a, b, c, d, e, f, g, h and 2 more"):
-        require_finite(7, loss, norm, lambda: list("abcdefghij"))
+    suspects = {"gradients": list("abcdefghij"), "tiles": ["k"], "others": []}
+    said = r"step 7.*; gradients in a, b, c, d, e, f, g, h and 2 more; tiles in k; a step must"
+    with pytest.raises(GuardStop, match=said):
+        require_finite(7, loss, norm, lambda: suspects)
 
 
 def test_a_finite_step_passes() -> None:

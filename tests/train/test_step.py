@@ -142,6 +142,27 @@ def test_a_step_that_is_not_finite_leaves_every_bit_and_names_the_parameter() ->
     assert step.optimizer.steps == 1
 
 
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+def test_an_infinity_in_fp8_stops_the_step_and_is_named(kernels: str) -> None:
+    """Catches storage that clips an infinity to 448, a mark that nobody reports, and one of the
+    step before that is told again."""
+    step = _step(_config("precision=bf16", "activation=k2", f"kernels={kernels}"), torch.bfloat16)
+    marked = step.executor.activations.marked_by_tag
+    step.run(1, _batch(), 1e-2)
+    assert marked() == {}
+    stack = step.model.chunks[0].get_parameter("model.layers.2.mlp.experts.gate_up_proj")
+    kept = stack.detach().clone()
+    with torch.no_grad():
+        stack[3, 1, 5] = torch.inf  # row 5 of the fourth expert's up-projection
+    with pytest.raises(GuardStop, match=r"FP8 tiles with a NaN or an infinity in .*swiglu_in \(\d"):
+        step.run(2, _batch(), 1e-2)
+    assert marked()["swiglu_in"] > 0
+    with torch.no_grad():
+        stack.copy_(kept)
+    step.run(2, _batch(), 1e-2)
+    assert marked() == {}
+
+
 def test_held_out_loss_is_the_mean_over_labels_and_bits_count_bytes() -> None:
     """Catches a mean over batches of unequal size, and bits a token reported as bits a byte."""
     config = _config()
