@@ -48,7 +48,7 @@ setup(
     cmdclass={"build_ext": BuildKernels},
     zip_safe=False,
     install_requires=[
-        "torch>=2.10",
+        "torch>=2.13",  # what csrc/ is compiled against (csrc/build.py: TORCH_FLOOR)
         "hydra-core>=1.3.8",
         "numpy",
         "rich",
