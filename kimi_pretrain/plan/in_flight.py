@@ -47,6 +47,7 @@ def held_along(schedule: Schedule, rank: int, kept: Sequence[Kept]) -> list[Held
     leaving: list[Place] = []
     ahead: set[Place] = set()  # computed again already
     late: list[Place] = []  # whole backwards of which the last weight gradients wait
+    within: dict[tuple[tuple[Kind, int, bool], ...], Bytes] = {}  # few nodes differ in it
     now, host = Bytes(), 0.0
     moments = []
     for node in schedule.ranks[rank]:
@@ -57,11 +58,13 @@ def held_along(schedule: Schedule, rank: int, kept: Sequence[Kept]) -> list[Held
             late = []
         before, most, here = now, now, set(device)
         if computes:
-            strands = [
-                _steps(leaf, kept[leaf.stage], (leaf.stage, leaf.microbatch) in ahead)
+            turns = tuple(
+                (leaf.kind, leaf.stage, (leaf.stage, leaf.microbatch) in ahead)
                 for leaf in _in_turn(node)
-            ]
-            most = before.plus(_most_within(strands))
+            )
+            if turns not in within:
+                within[turns] = _most_within([_steps(kind, kept[s], a) for kind, s, a in turns])
+            most = before.plus(within[turns])
         for leaf in leaves(node):
             place, stage = (leaf.stage, leaf.microbatch), kept[leaf.stage]
             was = after = device.pop(place, Bytes())
@@ -87,11 +90,13 @@ def held_along(schedule: Schedule, rank: int, kept: Sequence[Kept]) -> list[Held
                     late.append(place)
                 case Kind.W:
                     after = Bytes()
-            now = now.plus(after).minus(was)
+            if after is not was:
+                now = now.plus(after).minus(was)
             if after.total:
                 device[place] = after
                 here.add(place)
-        most = max(most, now, key=_total)
+        if now.total > most.total:
+            most = now
         moments.append(Held(most.device, host, len(here), most.gradients))
         if computes:  # the copies before this computation are done
             for place in leaving:
@@ -108,16 +113,16 @@ def _in_turn(node: Node) -> list[Action]:
     return list(reversed(leaves(node)))
 
 
-def _steps(action: Action, kept: Kept, ahead: bool) -> Sequence[Step]:
-    """What an action adds to the device, segment by segment.
+def _steps(kind: Kind, kept: Kept, ahead: bool) -> Sequence[Step]:
+    """What a computation adds to the device, segment by segment.
 
     ``ahead``: what it would compute again is there already, and goes with the rest.
     """
-    match action.kind:
+    match kind:
         case Kind.F:
             return [Step(Bytes(size), Bytes(size)) for size in kept.forward]
         case Kind.I | Kind.B:
-            return kept.backward(ahead, action.kind is Kind.I).steps
+            return kept.backward(ahead, kind is Kind.I).steps
         case _:
             return []
 
