@@ -34,6 +34,7 @@ from kimi_pretrain.telemetry.console import Console
 from kimi_pretrain.telemetry.goodput import Goodput, launched
 from kimi_pretrain.telemetry.quantities import count as written
 from kimi_pretrain.telemetry.sinks import Sinks, check_sinks, open_sinks
+from kimi_pretrain.train.activations import needless
 from kimi_pretrain.train.agreement import agreed_run_dir
 from kimi_pretrain.train.comparison import Comparison, gpu_of
 from kimi_pretrain.train.resume import CONFIG, restore_latest
@@ -154,6 +155,9 @@ def open_run(config: Config, world: World) -> Run:
     gpu, why_not = gpu_of(device)
     if why_not:
         console.note(why_not)
+    advice = needless(config, dtype)
+    if advice:
+        console.note(advice)
     run = Run(
         config=config,
         directory=directory,

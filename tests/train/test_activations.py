@@ -7,7 +7,7 @@ from kimi_pretrain.activation.saved import Activations
 from kimi_pretrain.config import compose
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config
-from kimi_pretrain.train.activations import open_activations
+from kimi_pretrain.train.activations import needless, open_activations
 from kimi_pretrain.train.schedule import stages_of, training_schedule
 
 CPU = torch.device("cpu")
@@ -47,3 +47,19 @@ def test_fp8_of_float64_is_refused_at_the_start() -> None:
     """Catches a run that ends at its first expert."""
     with pytest.raises(ConfigError, match="expert_up_in is FP8, and its tiles are cut from bf16"):
         opened(configured("activation=k2"), dtype=torch.float64)
+
+
+def test_outputs_that_need_not_be_kept_are_told_at_the_start() -> None:
+    """Catches K2's policy without what makes it cheap, in silence: 114,688 bytes of every token
+    and layer that no run of it needs; and advice where there is nothing to gain."""
+    k2 = ["model=k2", "activation=k2"]
+    told = needless(configured(*k2), torch.bfloat16)
+    assert told is not None
+    assert "114,688 bytes" in told
+    assert "parallel.router_weights=before_down" in told
+    for quiet in (
+        [*k2, "parallel.router_weights=before_down"],
+        ["model=k2"],
+        ["activation=k2", "model.first_k_dense_replace=${model.num_hidden_layers}"],
+    ):
+        assert needless(configured(*quiet), torch.bfloat16) is None
