@@ -63,7 +63,7 @@ def open_activations(
 
 
 def needless(config: Config, dtype: torch.dtype) -> str | None:
-    """A line about what a run sends to the host and need not even keep; or None."""
+    """A line about what a policy keeps, on the host where it can, and need not keep; or None."""
     model, parallel = config.model, config.parallel
     moe = model.num_hidden_layers > model.first_k_dense_replace
     leaves = policies(config.activation)["expert_out"].offload
@@ -71,9 +71,9 @@ def needless(config: Config, dtype: torch.dtype) -> str | None:
         return None
     size = dtype.itemsize * model.num_experts_per_tok * model.hidden_size
     return (
-        f"activation={config.activation.policy} sends experts' outputs to the host, {size:,} bytes "
-        "a token and MoE layer, because router weights multiply them: with "
-        "parallel.router_weights=before_down nothing of them is kept"
+        f"activation={config.activation.policy} keeps experts' outputs for backward, {size:,} "
+        "bytes a token and MoE layer, because router weights multiply them; with "
+        "parallel.router_weights=before_down it keeps none"
     )
 
 
