@@ -6,6 +6,7 @@ and its end, where this process or the connection is gone, means the same.
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from types import FrameType
 
 from kimi_pretrain.checkpoint.run_lock import hold_run_dir
 from kimi_pretrain.config import exit_codes
+from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.launch.hosts import place, read
 from kimi_pretrain.launch.node import MODULE, STOP, Node
@@ -38,17 +40,25 @@ def launch(arguments: Sequence[str], config: Config, dry_run: bool) -> int:
     """Run the ranks of ``config`` on the hosts of its file; returns their exit code.
 
     Raises:
-        ConfigError: hosts and ranks do not fit, a value cannot be quoted, or the run
-            directory is in use or cannot be written.
+        ConfigError: hosts and ranks do not fit, a value cannot be quoted, there is no such
+            program as ``launcher.ssh`` names, or the run directory is in use or cannot be
+            written.
     """
     run_id = f"{int(time.time())}-{os.getpid()}"
     commands = commands_of(config, arguments, Path.cwd(), run_id)
     if dry_run:
         sys.stdout.writelines(f"{shlex.join(command)}\n" for command in commands)
         return exit_codes.DONE
+    _require_program(config.launcher.ssh[0])
     hold_run_dir(Path(config.run_dir)).close()
     with _stopping(RunningHosts(commands, config.launcher.max_restarts)) as hosts:
         return hosts.run()
+
+
+def _require_program(name: str) -> None:
+    if shutil.which(name) is None:
+        rule = "a program of this machine, which reaches the hosts"
+        raise ConfigError("launcher.ssh", name, rule, "launcher.ssh=[PATH], or install OpenSSH")
 
 
 def commands_of(

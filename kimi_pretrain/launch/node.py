@@ -104,10 +104,9 @@ def main(argv: Sequence[str]) -> int:
     except ConfigError as error:
         sys.stderr.write(f"kimi-pretrain: {host}: {error}\n")
         return exit_codes.BAD_INPUT
-    if node.watch:
-        threading.Thread(target=_watch, daemon=True).start()
     options = node.torchrun(number == 0, host)
-    return run_ranks("kimi_pretrain.train", arguments, options, _DEFAULTS)
+    hearing = threading.Thread(target=_watch, daemon=True).start if node.watch else None
+    return run_ranks("kimi_pretrain.train", arguments, options, _DEFAULTS, hearing)
 
 
 def _prepare(node: Node, first: bool, host: str) -> None:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -33,6 +33,7 @@ def run_ranks(
     arguments: Sequence[str],
     options: Sequence[str],
     defaults: Mapping[str, str] | None = None,
+    hearing: Callable[[], None] | None = None,
 ) -> int:
     """Run ``torchrun OPTIONS -m module arguments``; returns the ranks' exit code.
 
@@ -45,6 +46,7 @@ def run_ranks(
         arguments: its command line.
         options: torchrun's own: how many ranks, on how many nodes.
         defaults: variables of the ranks' environment that this process's may override.
+        hearing: called once signals are passed on, before torchrun is started.
     """
     with tempfile.TemporaryDirectory(prefix="kimi_pretrain-") as temporary:
         folder = Path(temporary) / "ranks"
@@ -56,6 +58,8 @@ def run_ranks(
         watched, held = os.pipe()  # closes with this process, whatever ends it
         agent = [sys.executable, "-m", "kimi_pretrain.launch.agent", str(watched)]
         with _passing_on(folder) as passing:
+            if hearing is not None:
+                hearing()
             process = subprocess.Popen(
                 [*agent, *torchrun, "-m", module, *arguments],
                 env=variables,

@@ -7,6 +7,7 @@ import pytest
 
 from kimi_pretrain.checkpoint.run_lock import hold_run_dir
 from kimi_pretrain.cli import main
+from kimi_pretrain.config.launcher import SSH
 from kimi_pretrain.launch import command
 from kimi_pretrain.launch.command import Launch, parse
 
@@ -49,8 +50,8 @@ def test_ranks_do_not_get_the_launchers_part(
     code, out, _ = _said(capsys, "hostfile", "--dry-run", *words, *SMALL, variable, "run_dir=r")
     assert code == 0
     lines = [shlex.split(line) for line in out.splitlines()]
-    assert [line[:4] for line in lines] == [["ssh", "-o", "BatchMode=yes", h] for h in ("a", "b")]
-    remote = shlex.split(lines[1][4])
+    assert [line[:-1] for line in lines] == [[*SSH, host] for host in ("a", "b")]
+    remote = shlex.split(lines[1][-1])
     assert remote[: remote.index("-m")][-2] == "A=b"
     assert "--port=29999" in remote
     ranks = remote[remote.index("--") + 1 :]
@@ -72,6 +73,10 @@ def test_ranks_do_not_get_the_launchers_part(
         ),
         (("hostfile", *SMALL), "launcher.hostfile: got None; a file names the hosts"),
         (("hostfile", "launcher.hostfile=/none", *SMALL), "No such file"),
+        (
+            ("hostfile", "launcher.hostfile=hosts", "cluster=cpu", *SMALL),
+            "launcher.ssh: got 'ssh'; a program of this machine, which reaches the hosts",
+        ),
         (("slurm", "cluster=cpu", *SMALL), "squeue is one of Slurm's commands and is not on this"),
         (("local", "run_dir=/proc/run", *SMALL), "run_dir: got '/proc/run'; it must be writable"),
     ],
@@ -85,6 +90,7 @@ def test_what_cannot_start_is_one_line(
 ) -> None:
     """Catches processes started only to fail, and a traceback."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(command.local, "launch", lambda *_: pytest.fail("started"))
     code, out, err = _said(capsys, *words)

@@ -2,12 +2,15 @@
 
 import os
 import socket
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kimi_pretrain.config.errors import ConfigError
-from kimi_pretrain.launch.node import Node, main, parse, require_free_port
+from kimi_pretrain.launch.node import MODULE, STOP, Node, main, parse, require_free_port
 from kimi_pretrain.launch.rank import EXITS, IDS, RANKS_DIR, report_as_rank, settle, settled_code
 
 NODE = Node(
@@ -60,6 +63,19 @@ def test_a_log_folder_that_cannot_be_made_is_one_line(capsys: pytest.CaptureFixt
     words = ["--logs=/proc/none", "--nodes=1", "--ranks=1", "--address=a", "--number=1"]
     assert main([*words, "--port=29400", "--run-id=1", "--max-restarts=0", "--name=n1", "--"]) == 2
     assert "n1: run_dir: got '/proc/none'; every node writes" in capsys.readouterr().err
+
+
+def test_a_node_that_is_told_to_stop_before_it_has_started_stops(tmp_path: Path) -> None:
+    """Catches a signal before anybody heard it, which ended the node as if it had been lost."""
+    node = replace(NODE, nodes=1, ranks=1, logs=str(tmp_path), number=0)
+    done = subprocess.run(
+        [sys.executable, "-m", MODULE, *node.arguments(), "--"],
+        input=STOP,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (143, b"")
 
 
 @pytest.fixture
