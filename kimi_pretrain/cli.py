@@ -66,17 +66,34 @@ def main(argv: list[str] | None = None) -> int:
 def _say(error: ConfigError | PeerError) -> None:
     """One line for all ranks: rank 0's.
 
-    The others give it time to speak, since a launcher ends all ranks once one of them has
+    A rank that is refused before it met the others tells them, and leaves the line to rank 0.
+    The others give rank 0 time to speak, since a launcher ends all ranks once one of them has
     ended. Where they are still there then, and their trouble is their own, they speak too.
     """
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         print(f"kimi-pretrain: {error}", file=sys.stderr, flush=True)
-        return
     shared = error.shared if isinstance(error, PeerError) else isinstance(error, SharedConfigError)
-    time.sleep(SHARED_TURN if shared else OWN_TURN)
-    if not shared:
-        print(f"kimi-pretrain: rank {rank}: {error}", file=sys.stderr, flush=True)
+    if isinstance(error, ConfigError) and not shared:
+        shared = _told_the_others(error)
+    if rank != "0":
+        time.sleep(SHARED_TURN if shared else OWN_TURN)
+        if not shared:
+            print(f"kimi-pretrain: rank {rank}: {error}", file=sys.stderr, flush=True)
+
+
+def _told_the_others(error: ConfigError) -> bool:
+    """Whether this process is one of several ranks and rank 0 speaks for them."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" or not os.environ.get("MASTER_ADDR"):
+        return False
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from kimi_pretrain.parallel.rendezvous import Place, refuse  # torch
+
+    try:
+        place = Place.of_environment()
+    except ConfigError:
+        return False
+    return refuse(place, error)
 
 
 def _command(module: str) -> Callable[..., int]:

@@ -22,6 +22,12 @@ class SharedConfigError(ConfigError):
     """A refusal that every rank raises, so rank 0 speaks for all."""
 
 
+def parts(error: ConfigError) -> tuple[str, object, str, str]:
+    """What a ConfigError is made of, as it can travel in JSON."""
+    plain = isinstance(error.value, str | int | float | bool | None)
+    return error.what, error.value if plain else repr(error.value), error.rule, error.fix
+
+
 @contextmanager
 def during(doing: str) -> Iterator[None]:
     """A PeerError from within says what this rank was ``doing``."""

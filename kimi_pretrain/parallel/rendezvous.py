@@ -2,7 +2,8 @@
 
 A process group that waits for a rank says nothing for minutes and then something different on
 every rank. Here each rank first leaves a report under its number in torchrun's key-value
-store; rank 0 reads them all and publishes one verdict, which every rank returns or raises.
+store; rank 0 reads them all and publishes one verdict, which every rank returns or raises. A
+rank that cannot run, its configuration being wrong, comes too and reports that.
 
 A report is the digest of what must be the same everywhere, 32 bytes: 4,096 ranks give rank 0
 128 KiB to read. The facts themselves lie in the store under their digest, once for all ranks
@@ -28,11 +29,18 @@ from torch.distributed import (  # type: ignore[attr-defined]  # TCPStore is pub
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from kimi_pretrain.config.errors import ConfigError
-from kimi_pretrain.parallel.errors import PeerError, SharedConfigError, first_line, named
+from kimi_pretrain.parallel.errors import (
+    PeerError,
+    SharedConfigError,
+    first_line,
+    named,
+    parts,
+)
 
 GRACE_SECONDS = 5.0  # for a verdict to travel, once it is due
+REFUSAL_SECONDS = 60.0  # by which a rank's start may lie behind that of one that is refused
 LONGEST_PAUSE_SECONDS = 0.5  # between two looks: 4,096 ranks ask the store 8,000 times a second
-_VERDICT, _HEARD = "verdict", "heard"
+_VERDICT, _HEARD, _REFUSED = "verdict", "heard", "refused"
 _MEETINGS = count()  # every rank of a run holds as many
 
 
@@ -71,17 +79,17 @@ def meet(place: Place, timeout: float, facts: Mapping[str, str]) -> Store:
 
     Raises:
         PeerError: some rank did not come in time; the same line on every rank.
-        ConfigError: a fact differs; the same line on every rank.
+        ConfigError: a fact differs, or a rank refused; the same line on every rank.
     """
     store = _connect(place, timeout)
     try:
         _report(store, place.rank, facts)
         if place.rank == 0:
             verdict = _judge(store, place.world, timeout)
-            store.set(_VERDICT, json.dumps(verdict))
-            if verdict:  # the store may end with this process: let those who came hear it
+            _publish(store, verdict)
+            if verdict:
                 came = sum(store.check([_key(rank)]) for rank in range(1, place.world))
-                _wait_until(lambda: store.add(_HEARD, 0) >= came, GRACE_SECONDS)
+                _let_hear(store, came, GRACE_SECONDS)
         else:
             verdict = _await_verdict(store, timeout)
             store.add(_HEARD, 1)
@@ -89,10 +97,40 @@ def meet(place: Place, timeout: float, facts: Mapping[str, str]) -> Store:
         raise PeerError(f"the store of the ranks is gone: {first_line(error)}") from error
     if "missing" in verdict:
         raise PeerError(verdict["missing"], shared=True)
-    if "differs" in verdict:
-        what, value, rule, fix = verdict["differs"]
+    if "refused" in verdict:
+        what, value, rule, fix = verdict["refused"]
         raise SharedConfigError(what, value, rule, fix)
     return store
+
+
+def refuse(place: Place, error: ConfigError) -> bool:
+    """Come to where the others ``meet``, or refuse as well, and say that this rank cannot run.
+
+    Rank 0 stays until all have heard, or for ``REFUSAL_SECONDS``; another rank waits as long for
+    rank 0's verdict, which may be its own refusal. Who has met the others does not come again:
+    they wait for it elsewhere.
+
+    Returns:
+        Whether rank 0 speaks for this rank.
+    """
+    if _store.cache_info().currsize:
+        return False
+    try:
+        store = _connect(place, REFUSAL_SECONDS)
+        if place.rank == 0:
+            store.set(_key(0), _REFUSED)
+            _publish(store, {"refused": parts(error)})
+            _let_hear(store, place.world - 1, REFUSAL_SECONDS)
+        else:
+            what, *rest = parts(error)
+            told = [f"{what} on {named([place.rank])}", *rest]
+            store.compare_set(_REFUSED, "", json.dumps(told))  # the first one is enough
+            store.set(_key(place.rank), _REFUSED)
+            _await_verdict(store, REFUSAL_SECONDS)
+            store.add(_HEARD, 1)
+    except (ConfigError, PeerError, DistError):
+        return False
+    return True
 
 
 def disagreement(facts: Sequence[Mapping[str, str]]) -> SharedConfigError | None:
@@ -167,9 +205,12 @@ def _report(store: Store, rank: int, facts: Mapping[str, str]) -> None:
 
 
 def _judge(store: Store, world: int, timeout: float) -> dict[str, Any]:
-    """Rank 0's verdict once all have reported or the time is over; empty: go on."""
+    """Rank 0's verdict once all have reported, one refuses or the time is over; empty: go on."""
     keys = [_key(rank) for rank in range(world)]
-    if not _wait_until(lambda: store.check(keys), timeout):
+    all_came = _wait_until(lambda: store.check([_REFUSED]) or store.check(keys), timeout)
+    if store.check([_REFUSED]):
+        return {"refused": json.loads(store.get(_REFUSED))}
+    if not all_came:
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
         if missing:  # none: the last one came just now
             return {"missing": _missing_line(missing, world, timeout)}
@@ -182,7 +223,16 @@ def _judge(store: Store, world: int, timeout: float) -> dict[str, Any]:
     error = disagreement([facts[digest] for digest in digests])
     if error is None:  # the same facts in another order
         return {}
-    return {"differs": [error.what, error.value, error.rule, error.fix]}
+    return {"refused": parts(error)}
+
+
+def _publish(store: Store, verdict: dict[str, Any]) -> None:
+    store.set(_VERDICT, json.dumps(verdict))
+
+
+def _let_hear(store: Store, ranks: int, seconds: float) -> None:
+    """The store may end with this process: wait until so many have heard its verdict."""
+    _wait_until(lambda: store.add(_HEARD, 0) >= ranks, seconds)
 
 
 def _missing_line(missing: Sequence[int], world: int, timeout: float) -> str:

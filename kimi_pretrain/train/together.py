@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from kimi_pretrain.config.errors import ConfigError
-from kimi_pretrain.parallel.errors import SharedConfigError
+from kimi_pretrain.parallel.errors import SharedConfigError, parts
 from kimi_pretrain.parallel.world import World
 
 T = TypeVar("T")
@@ -23,13 +23,8 @@ def together(world: World, action: Callable[[], T]) -> T:
     try:
         result.append(action())
     except ConfigError as error:
-        told = json.dumps(_parts(error))
+        told = json.dumps(parts(error))
     failures = [text for text in world.everyone.gather_texts(told) if text]
     if failures:
         raise SharedConfigError(*json.loads(failures[0]))
     return result[0]
-
-
-def _parts(error: ConfigError) -> list[object]:
-    plain = isinstance(error.value, str | int | float | bool | None)
-    return [error.what, error.value if plain else repr(error.value), error.rule, error.fix]

@@ -138,10 +138,12 @@ world.close()
 """
 
 
-def _start(rank: int, size: int, port: int, timeout: float) -> subprocess.Popen[str]:
+def _start(
+    rank: int, size: int, port: int, timeout: float, program: str = _PROGRAM
+) -> subprocess.Popen[str]:
     variables = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return subprocess.Popen(
-        [sys.executable, "-c", _PROGRAM, str(size), str(timeout)],
+        [sys.executable, "-c", program, str(size), str(timeout)],
         env=os.environ | {name: str(value) for name, value in variables.items()},
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -186,13 +188,42 @@ def test_a_rank_alone_gives_up_in_time(rank: int) -> None:
     assert out.startswith(expected)
 
 
+_MET = """\
+import sys, time
+from kimi_pretrain.config.errors import ConfigError
+from kimi_pretrain.config.schema import ParallelConfig
+from kimi_pretrain.parallel.rendezvous import Place, refuse
+from kimi_pretrain.parallel.world import open_world
+with open_world(ParallelConfig(dp=int(sys.argv[1]), timeout_seconds=60)) as world:
+    world.everyone.barrier()
+began = time.monotonic()
+told = refuse(Place.of_environment(), ConfigError("data", "x", "it is whole", "another"))
+print(told, time.monotonic() - began < 1)
+"""
+
+
+def test_who_has_met_does_not_come_again_to_refuse() -> None:
+    """Catches a rank whose data turn out damaged at step 1,000, and which then waits a minute at a
+    place where nobody comes before it says so."""
+    port = _free_port()
+    ranks = [_start(rank, 2, port, 60, _MET) for rank in (0, 1)]
+    for rank in ranks:
+        assert rank.communicate(timeout=60) == ("False True\n", "")
+
+
 # --- the whole program -----------------------------------------------------------------------
 
 
 def _train(rank: int, size: int, port: int, *overrides: str) -> subprocess.Popen[str]:
     """One rank of a training that is refused before anything is written."""
+    return _ranked(["-m", "kimi_pretrain.train"], rank, size, port, *overrides)
+
+
+def _ranked(
+    program: list[str], rank: int, size: int, port: int, *overrides: str
+) -> subprocess.Popen[str]:
     variables = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "kimi_pretrain.train", "experiment=smoke", "run_dir=/dev/null"]
+    command = [sys.executable, *program, "experiment=smoke", "run_dir=/dev/null"]
     return subprocess.Popen(
         [*command, f"parallel.dp={size}", "schedule.global_batch_size=24", *overrides],
         env=os.environ | {name: str(value) for name, value in variables.items()},
@@ -223,9 +254,46 @@ def test_a_peer_that_never_joins_is_one_line_from_rank_0() -> None:
     assert [rank.returncode for rank in ranks] == [4, 4]
 
 
+def test_a_refusal_of_all_ranks_is_one_line_from_rank_0() -> None:
+    """Catches N copies of a line where a launcher only sets the environment and ends nobody: every
+    rank finds by itself, before it meets the others, that ep does not divide the experts."""
+    port = _free_port()
+    ranks = [_train(rank, 2, port, "parallel.ep=5", "parallel.dp=5") for rank in (1, 0)]
+    (_, other), (out, err) = [rank.communicate(timeout=90) for rank in ranks]
+    assert err.startswith("kimi-pretrain: parallel.ep: got 5; "), err
+    assert (out, err.count("\n"), other) == ("", 1, "")
+    assert [rank.returncode for rank in ranks] == [2, 2]
+
+
+def test_a_refusal_of_one_rank_among_good_ones_is_one_line_from_rank_0() -> None:
+    """Catches ranks that wait out their ten minutes for one that was refused, and then say only
+    that it did not come."""
+    port = _free_port()
+    ranks = [_train(0, 3, port), _train(2, 3, port, "optimizer.lr=-1"), _train(1, 3, port)]
+    (out, err), *others = [rank.communicate(timeout=90) for rank in ranks]
+    assert err.startswith("kimi-pretrain: optimizer.lr on rank 2: got -1.0; "), err
+    assert (out, err.count("\n"), others) == ("", 1, [("", "")] * 2)
+    assert [rank.returncode for rank in ranks] == [2, 2, 2]
+
+
+def test_a_refusal_of_rank_0_alone_ends_the_others_too() -> None:
+    """Catches good ranks that wait for a rank 0 which was refused."""
+    port = _free_port()
+    ranks = [_train(0, 2, port, "optimizer.lr=-1"), _train(1, 2, port)]
+    (out, err), (_, other) = [rank.communicate(timeout=90) for rank in ranks]
+    assert err.startswith("kimi-pretrain: optimizer.lr: got -1.0; "), err
+    assert (out, err.count("\n"), other) == ("", 1, "")
+    assert [rank.returncode for rank in ranks] == [2, 2]
+
+
 def test_a_refusal_of_one_rank_alone_is_heard() -> None:
-    """Catches the silence when only one node's own command line is wrong."""
-    rank = _train(1, 2, _free_port(), "optimizer.lr=-1")
+    """Catches the silence when only one node's own command line is wrong, and no rank 0 comes."""
+    program = (
+        "import sys; import kimi_pretrain.parallel.rendezvous as module;"
+        "from kimi_pretrain.cli import main; module.REFUSAL_SECONDS = 2.0;"
+        "sys.exit(main(['train', *sys.argv[1:]]))"
+    )
+    rank = _ranked(["-c", program], 1, 2, _free_port(), "optimizer.lr=-1")
     _, err = rank.communicate(timeout=90)
     assert err.startswith("kimi-pretrain: rank 1: optimizer.lr: got -1.0; ")
     assert (rank.returncode, err.count("\n")) == (2, 1)
