@@ -5,6 +5,8 @@ import resource
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from kimi_pretrain.config import exit_codes
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.validate import validate_training
@@ -23,6 +25,7 @@ def main(config: Config, ranks: Sequence[int], as_json: bool) -> int:
     Raises:
         ConfigError: what cannot be trained or planned.
     """
+    torch.set_num_threads(1)  # others have nothing to compute, and would wait for it at full speed
     config, notes = runnable(config)
     validate_training(config)
     plan = plan_run(config)

@@ -4,9 +4,8 @@ torch finds the shape of a result in Python, which for many operations takes ten
 to look up what operands of the same shapes gave before; and every microbatch repeats the last.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
-from functools import cache
 from typing import Any
 
 import torch
@@ -26,28 +25,34 @@ _Spec = tuple[torch.Size, tuple[int, ...], torch.dtype]  # shape, strides, dtype
 _Find = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 
-class Shapes:
-    """Operations that write or make, on tensors of device meta: called once, then repeated."""
+class Operation:
+    """An overload of an operation, and its results that are known, by what decides their shapes.
 
-    def __init__(self) -> None:
+    An operation that writes or makes is called once on tensors of device meta, then repeated.
+    """
+
+    def __init__(self, func: Any) -> None:
+        self.func = func
+        self.does = effect(func)
+        self._written = written_by(func)
         self._known: dict[Any, tuple[_Spec, ...]] = {}
 
-    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """``func(*args, **kwargs)``, to be repeated; all tensors among its operands are unknown."""
-        key = _call_key(func, args, kwargs)
-        result = func(*args, **kwargs)
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``func(*args, **kwargs)``, to be repeated, as if its real operands were unknown too."""
+        key = _call_key(args, kwargs)
+        result = self.func(*forgotten(args), **forgotten(kwargs))
         results = result if isinstance(result, tuple) else (result,)
-        if key == _call_key(func, args, kwargs):  # no operand was resized
+        if key == _call_key(args, kwargs):  # no operand was resized
             self._known[key] = tuple((x.shape, x.stride(), x.dtype) for x in results)
         return result
 
-    def repeat(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def repeat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What ``call`` gave for operands of the same shapes; NotImplemented where it gave none."""
-        known = self._known.get(_call_key(func, args, kwargs))
+        known = self._known.get(_call_key(args, kwargs))
         if known is None:
             return NotImplemented
-        if (written := written_by(func)) is not None:
-            return written(args, kwargs)
+        if self._written is not None:
+            return self._written(args, kwargs)
         made = [
             torch.empty_strided(shape, stride, dtype=dtype, device="meta")
             for shape, stride, dtype in known
@@ -55,7 +60,24 @@ class Shapes:
         return made[0] if len(made) == 1 else tuple(made)
 
 
-@cache
+class Operations:
+    """Every operation that was met, by the identity of its overload.
+
+    torch has one object for an overload, whose hash is a call of Python: a microsecond for each of
+    millions.
+    """
+
+    def __init__(self) -> None:
+        self._met: dict[int, Operation] = {}
+
+    def of(self, func: Any) -> Operation:
+        """What is known of ``func``."""
+        met = self._met.get(id(func))  # which ``met`` keeps alive, so that no other has its id
+        if met is None:
+            met = self._met[id(func)] = Operation(func)
+        return met
+
+
 def effect(func: Any) -> Effect:
     """What ``func``, an overload of an operation, does."""
     schema = func._schema
@@ -71,7 +93,6 @@ def effect(func: Any) -> Effect:
     return Effect.ELSE if written_by(func) is None else Effect.WRITES
 
 
-@cache
 def written_by(func: Any) -> _Find | None:
     """Finds the operand that ``func`` writes into and returns; None where there is not just one."""
     schema = func._schema
@@ -87,14 +108,30 @@ def written_by(func: Any) -> _Find | None:
     return None
 
 
-def _call_key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return func, _key(args), _key(tuple(kwargs.items())) if kwargs else ()
-
-
-def _key(value: Any) -> Any:
-    """What decides a result's shape, hashable."""
+def forgotten(value: Any) -> Any:
+    """``value`` with every real tensor in it replaced by one of its shape without memory."""
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.is_meta
+        return value if value.is_meta else value.to("meta")
     if isinstance(value, (tuple, list)):
-        return tuple([_key(inner) for inner in value])
-    return value.__class__, value  # 1, 1.0 and True are equal, and promote differently
+        return type(value)(forgotten(inner) for inner in value)
+    if isinstance(value, dict):
+        return {key: forgotten(inner) for key, inner in value.items()}
+    return value
+
+
+def _call_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return (_key(args), _key(tuple(kwargs.items()))) if kwargs else _key(args)
+
+
+def _key(values: Sequence[Any]) -> tuple[Any, ...]:
+    """What of operands decides a result's shape, hashable."""
+    key: list[Any] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            key += value.shape, value.stride(), value.dtype, value.is_meta
+        elif isinstance(value, (tuple, list)):
+            key.append(_key(value))
+        else:
+            # 1, 1.0 and True are equal, and promote differently; a NaN does not equal itself.
+            key += value.__class__, value if value == value else None
+    return tuple(key)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kimi_pretrain.dry_run.memory import LiveBytes
-from kimi_pretrain.dry_run.shapes import Effect, Shapes, effect
+from kimi_pretrain.dry_run.shapes import Effect, Operation, Operations, forgotten
 
 _aten = torch.ops.aten
 
@@ -38,7 +38,7 @@ class Unknown(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.memory = memory
         self.operations = 0
-        self._shapes = Shapes()
+        self._operations = Operations()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -54,11 +54,12 @@ class Unknown(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.memory.before_next is not None:
             look, self.memory.before_next = self.memory.before_next, None
             look()
-        does = effect(func)
+        operation = self._operations.of(func)
+        does = operation.does
         if does is Effect.VIEWS:
             return func(*args, **kwargs)
         if does is not Effect.ELSE:
-            result = self._shapes.repeat(func, args, kwargs)
+            result = operation.repeat(args, kwargs)
             if result is not NotImplemented:
                 if does is Effect.MAKES:
                     self._show(result)
@@ -72,25 +73,27 @@ class Unknown(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not unknown:
             result = func(*args, **kwargs)
         else:
-            result = self._of_unknown(func, does, args, kwargs, real)
+            result = self._of_unknown(operation, args, kwargs, real)
         if does is not Effect.WRITES:
             self._show(result)
         return result
 
     def _show(self, result: Any) -> None:
-        for tensor in _tensors((result,), {}):
-            self.memory.show(tensor)
+        if isinstance(result, Tensor):
+            self.memory.show(result)
+        else:
+            for tensor in _tensors((result,), {}):
+                self.memory.show(tensor)
 
-    def _of_unknown(self, func: Any, does: Effect, args: Any, kwargs: Any, real: bool) -> Any:
+    def _of_unknown(self, operation: Operation, args: Any, kwargs: Any, real: bool) -> Any:
+        func = operation.func
         if func in _READS and (read := _READS[func](args, kwargs)) is not NotImplemented:
             return read
-        if real:
-            if func._schema.is_mutable and not args[0].is_meta:
-                return args[0].fill_(1)
-            args, kwargs = _forgotten(args), _forgotten(kwargs)
-        if does is Effect.ELSE:
-            return func(*args, **kwargs)
-        return self._shapes.call(func, args, kwargs)
+        if real and func._schema.is_mutable and not args[0].is_meta:
+            return args[0].fill_(1)
+        if operation.does is Effect.ELSE:
+            return func(*forgotten(args), **forgotten(kwargs))
+        return operation.call(args, kwargs)
 
 
 def _tensors(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -102,17 +105,6 @@ def _tensors(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         elif isinstance(value, (tuple, list)):
             found += [inner for inner in value if isinstance(inner, Tensor)]
     return found
-
-
-def _forgotten(value: Any) -> Any:
-    """``value`` with every real tensor in it replaced by one of its shape without memory."""
-    if isinstance(value, Tensor):
-        return value if value.is_meta else value.to("meta")
-    if isinstance(value, (tuple, list)):
-        return type(value)(_forgotten(inner) for inner in value)
-    if isinstance(value, dict):
-        return {key: _forgotten(inner) for key, inner in value.items()}
-    return value
 
 
 def _number(args: Any, kwargs: Any) -> bool | int | float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kimi_pretrain.dry_run.memory import LiveBytes
-from kimi_pretrain.dry_run.shapes import Effect, effect
+from kimi_pretrain.dry_run.shapes import Effect, Operation, effect
 from kimi_pretrain.dry_run.unknown import Unknown
 
 
@@ -79,6 +79,24 @@ def test_a_repetition_gives_what_the_first_time_gave(
         first, second = (_described(call(unknown(4, 6))) for _ in range(2))
     assert first == plain
     assert second == plain
+
+
+def test_a_repetition_with_a_real_operand_is_looked_up(
+    mode: Unknown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches rotary tables, indices and NaNs that send every operation on them the slow way."""
+    x, table, rows = unknown(4, 6), torch.ones(6), torch.tensor([1, 0])
+    calls: list[Any] = []
+    call = Operation.call
+    monkeypatch.setattr(
+        Operation, "call", lambda self, *args: calls.append(self.func) or call(self, *args)
+    )
+    with mode:
+        for _ in range(3):
+            assert (x * table).shape == (4, 6)
+            assert x.index_select(0, rows).shape == (2, 6)
+            assert x.masked_fill(x > 0, float("nan")).shape == (4, 6)
+    assert len(calls) == 4
 
 
 def test_a_repetition_has_memory_of_its_own(mode: Unknown) -> None:
