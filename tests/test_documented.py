@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from kimi_pretrain.config.composition import conf_dir, group_options
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -35,3 +37,12 @@ def test_the_example_of_muonclip_clips() -> None:
     assert metrics["max_logit"] > 1e-3
     assert metrics["share_clipped"] > 0.5
     assert metrics["last_step"] == 3
+
+
+@pytest.mark.parametrize("group", group_options(conf_dir()))
+def test_the_page_on_configuration_lists_every_option(group: str) -> None:
+    """Catches a preset that nobody is told of."""
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| `{group}` |")]
+    options = group_options(conf_dir())[group]
+    assert [option for option in options if f"`{option}`" not in row] == []

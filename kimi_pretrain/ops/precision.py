@@ -11,7 +11,8 @@ def resolve(precision: str) -> torch.dtype:
     """The compute dtype of ``Config.precision``.
 
     ``auto`` is bf16 where this machine multiplies bf16 matrices natively (CUDA from Ampere
-    on, AMX, AVX512-BF16) and fp32 elsewhere, since emulated bf16 is slower than fp32.
+    on, AMX, AVX512-BF16), so that a small run rounds as a large one does, and fp32 elsewhere.
+    It does not look for the faster one: small models with AVX512-BF16 are faster in fp32.
 
     Raises:
         ConfigError: an unknown name.
