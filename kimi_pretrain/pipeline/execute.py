@@ -273,6 +273,7 @@ class _Step:
                     strands.remove(strand)
                 elif at_once and strand.backward and waiting:
                     self._compute_waiting(strand.action, waiting)
+        self.putting_off = []  # whoever has them now lets them go
 
     def _go_on(self, strand: _Strand, waiting: Waiting | None) -> bool:
         """Compute until rows fly again; False once it has ended."""
