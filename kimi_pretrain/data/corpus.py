@@ -36,7 +36,7 @@ def ensure(cfg: DataConfig, progress: Progress = silent) -> PreparedData:
     Raises ConfigError for an unknown recipe, absent files (with the nearest prefix that
     exists), and a tokenizer other than the one the files were made with.
     """
-    root = Path(cfg.root).expanduser()
+    root = _root(cfg)
     if cfg.recipe is None:
         return _open_files(cfg, root)
     if cfg.domains:
@@ -91,6 +91,14 @@ def directory_name(recipe: Recipe, tokenizer: TokenizerConfig, root: Path) -> st
         identity = load_tokenizer(tokenizer, root).fingerprint()
     content = json.dumps([recipe.name, recipe.version, identity, recipe.state()])
     return f"{recipe.name}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+def _root(cfg: DataConfig) -> Path:
+    try:
+        return Path(cfg.root).expanduser()
+    except RuntimeError as error:
+        rule = "it begins with ~, and this user has no home directory"
+        raise ConfigError("data.root", cfg.root, rule, "data.root=DIR or KIMI_DATA=DIR") from error
 
 
 def _trained_here(tokenizer: TokenizerConfig) -> bool:

@@ -71,15 +71,18 @@ def test_composing_inside_a_hydra_application() -> None:
 
 
 def test_data_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches corpora written to a place the user has set otherwise."""
+    """Catches corpora written to a place the user has set otherwise, and a need for HOME."""
     for name in ("KIMI_DATA", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/home/someone")
     assert compose([]).data.root == "/home/someone/.cache/kimi_pretrain"
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     assert compose([]).data.root == "/cache/kimi_pretrain"
+    monkeypatch.delenv("HOME")  # as in a batch job or a container
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert compose(["data=smoke"]).data.root == "~/.cache/kimi_pretrain"
     monkeypatch.setenv("KIMI_DATA", "/data")
-    assert compose([]).data.root == "/data"
+    assert {compose([f"data={name}"]).data.root for name in ("default", "smoke")} == {"/data"}
 
 
 def test_composing_never_imports_torch() -> None:

@@ -202,6 +202,17 @@ def files_config(root, tokenizer=None, **domains):
     )
 
 
+def test_a_user_without_a_home_is_told_to_name_a_root(monkeypatch):
+    """Catches a traceback where neither the environment nor the system knows a home."""
+
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    with pytest.raises(ConfigError, match="KIMI_DATA=DIR"):
+        ensure(tiny("~/.cache"))
+
+
 def test_prepared_files_are_opened_by_prefix(tiny_corpus):
     prepared = ensure(
         files_config(tiny_corpus, code=("train/code", "heldout/code"), more=("train/code",))
