@@ -159,7 +159,7 @@ def dry_run_rank(config: Config, rank: int) -> RankRun:
         calls={group.kind: dict(group.traffic.calls) for group in groups},
         nodes=len(schedule.ranks[here]),
         operations=mode.operations,
-        clipped=int(optimizer.qk_clip_metrics["clipped_heads"] or 0),
+        clipped=int(optimizer.qk_clip_metrics["number_clipped"] or 0),
         seconds=time.monotonic() - started,
     )
 

@@ -196,12 +196,12 @@ class MuonClip(Optimizer):
     def qk_clip_metrics(self) -> dict[str, float | int | None]:
         """What the last step clipped.
 
-        ``max_logit`` (None where nothing was observed), ``clipped_heads``, ``share_clipped``
+        ``max_logit`` (None where nothing was observed), ``number_clipped``, ``share_clipped``
         of the observed heads, and ``last_step``: the last step at which any was clipped.
         """
         return {
             "max_logit": self._clip.max_logit,
-            "clipped_heads": self._clip.heads,
+            "number_clipped": self._clip.heads,
             "share_clipped": self._clip.share,
             "last_step": self.last_clipped_step,
         }

@@ -136,7 +136,7 @@ class ShardedMuonClip:
         """What the last step clipped, as ``MuonClip.qk_clip_metrics``."""
         return {
             "max_logit": self._clip.max_logit,
-            "clipped_heads": self._clip.heads,
+            "number_clipped": self._clip.heads,
             "share_clipped": self._clip.share,
             "last_step": self.last_clipped_step,
         }

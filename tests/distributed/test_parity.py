@@ -176,7 +176,7 @@ def plain(scenario: Scenario) -> list[dict[str, Any]]:
                 "counts": record.expert_counts,
                 "max_logits": record.max_logits,
                 "tokens": record.tokens,
-                "clipped": optimizer.qk_clip_metrics["clipped_heads"],
+                "clipped": optimizer.qk_clip_metrics["number_clipped"],
             }
         )
     return after
@@ -232,7 +232,7 @@ def _held(step: TrainStep, results: list[StepResult]) -> dict[str, Any]:
         "state": [p._replace(values=p.values.clone()) for p in optimizer.pieces()],
         "counts": last.expert_counts,
         "max_logits": last.max_logits,
-        "clipped": optimizer.qk_clip_metrics["clipped_heads"],
+        "clipped": optimizer.qk_clip_metrics["number_clipped"],
     }
 
 

@@ -142,7 +142,7 @@ def test_after_the_clip_no_logit_of_the_same_inputs_exceeds_tau(
         assert torch.equal(after[head], before[head])
     metrics = optimizer.qk_clip_metrics
     assert metrics["max_logit"] == pytest.approx(float(before.max()))
-    assert metrics["clipped_heads"] == 2
+    assert metrics["number_clipped"] == 2
     assert metrics["share_clipped"] == 0.5
     assert metrics["last_step"] == 1
 
