@@ -129,7 +129,7 @@ def render(job: SlurmJob) -> str:
         _first_node(job),
         _START,
         " \\\n    ".join(_step(job)),
-        "code=$?",
+        "code=$?\n",
         _requeue(job),
         'exit "$code"',
     ]
@@ -154,8 +154,8 @@ before=$(newest_checkpoint)
 _LOST = f"""\
 cancelled() {{
     local job
-    job=$(scontrol show job "$SLURM_JOB_ID") \
-        && [[ $job =~ JobState=(CANCELLED|COMPLETING) ]] \
+    job=$(scontrol show job "$SLURM_JOB_ID") \\
+        && [[ $job =~ JobState=(CANCELLED|COMPLETING) ]] \\
         && [[ ! $job =~ Reason=TimeLimit|PreemptTime=[0-9] ]]
 }}
 

@@ -53,6 +53,7 @@ def test_a_job_of_2048_gpus() -> None:
     assert exports == [
         "export NCCL_DEBUG=WARN",
         "export NCCL_IB_QPS_PER_CONNECTION=16",
+        "export NCCL_IB_TIMEOUT=22",
         "export NCCL_SOCKET_IFNAME=bond0",
     ]
     assert any("--nodes=256 --ranks=8" in line for line in lines)
