@@ -11,8 +11,11 @@ _OUT = "the node out of the job"
 
 
 def has_gpus(cluster: ClusterConfig) -> bool:
-    """Whether a node of the cluster has what ``gpus_per_node`` and ``nics_per_node`` count."""
-    return cluster.name not in ("cpu", "local")
+    """Whether a node of the cluster has what ``gpus_per_node`` and ``nics_per_node`` count.
+
+    Of a cluster whose peak nobody knows (``local``) they are defaults, and count nothing.
+    """
+    return cluster.device == "gpu" and cluster.peak_flops is not None
 
 
 def look_at_gpus() -> tuple[str, list[dict[str, Any]], str]:

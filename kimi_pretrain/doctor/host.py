@@ -36,7 +36,7 @@ def look_at_host(config: Config, device: torch.device) -> dict[str, Any]:
         *fabric.fabric_findings(ports, config.cluster, soft["ulimit -l"]),
         limits.shm_finding(),
         *limits.limit_findings(soft),
-        limits.port_finding(),
+        limits.port_finding(config.launcher),
         run_disk,
     ]
     same = {

@@ -7,12 +7,13 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
+from kimi_pretrain.config.launcher import LauncherConfig
 from kimi_pretrain.doctor.findings import BAD, NOTE, OK, Finding
 
 SHM = Path("/dev/shm")
 _LEAST_SHM = 1 << 30  # NCCL's and data workers' segments of a node of 8; Docker gives 64 MiB
 _LEAST_FILES = 65536  # sockets to thousands of ranks, shards of data, checkpoints
-_RENDEZVOUS = "29500"  # torchrun's port where nothing else is said
+_TORCHRUN = 29500  # its port where nothing else is said
 
 LIMITS = {
     "ulimit -n": resource.RLIMIT_NOFILE,
@@ -47,18 +48,24 @@ def shm_finding(path: Path = SHM) -> Finding:
     return Finding(OK, "shared memory", text)
 
 
-def port_finding(environ: Mapping[str, str] = os.environ) -> Finding:
-    """Whether the port at which ranks will meet is free; on a job they have met there."""
-    port = environ.get("MASTER_PORT", _RENDEZVOUS)
+def port_finding(launcher: LauncherConfig, environ: Mapping[str, str] = os.environ) -> Finding:
+    """Whether the port at which ranks will meet is free; on a job they have met there.
+
+    ``launcher=slurm|hostfile`` says which; otherwise MASTER_PORT does, as for a torchrun by hand.
+    """
     if "RANK" in environ:
-        return Finding(OK, "port", f"ranks met at {environ['MASTER_ADDR']}:{port}")
+        where = f"{environ['MASTER_ADDR']}:{environ.get('MASTER_PORT', _TORCHRUN)}"
+        return Finding(OK, "port", f"ranks met at {where}")
+    fix = "--rdzv-endpoint HOST:ANOTHER, or MASTER_PORT"
+    port = environ.get("MASTER_PORT", str(_TORCHRUN))
+    if launcher.name != "local":
+        fix, port = f"launcher.port={launcher.port + 1}", str(launcher.port)
     if not port.isdecimal() or not 0 < int(port) < 65536:
-        return Finding(BAD, "port", f"MASTER_PORT={port} is no port", "MASTER_PORT=29500")
+        return Finding(BAD, "port", f"MASTER_PORT={port} is no port", f"MASTER_PORT={_TORCHRUN}")
     with socket.socket() as listener:  # bound, never listening
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("", int(port)))
         except OSError as error:
-            fix = "--rdzv-endpoint HOST:ANOTHER, or MASTER_PORT"
             return Finding(NOTE, "port", f"{port} cannot be opened: {error.strerror}", fix)
     return Finding(OK, "port", f"{port} is free")

@@ -13,6 +13,7 @@ from kimi_pretrain.parallel.world import open_world
 from tests.distributed.ranks import run_ranks
 
 HOSTS = ("node-a", "node-b", "node-b", "node-b")
+APART = ("node-a", "node-b", "node-c", "node-c")  # the slow rank has counterparts on two hosts
 SLOW, PLANTED = 2, 0.02  # the slow rank, and seconds more that everything takes it
 FACTOR = 3.0  # far above what a busy machine does to a healthy rank's quickest round
 
@@ -28,6 +29,7 @@ def sleepy(function: Callable[..., Any]) -> Callable[..., Any]:
 def examine_as_rank(rank: int, world_size: int, run_dir: str) -> dict[str, Any]:
     from kimi_pretrain.doctor import probes
     from kimi_pretrain.doctor.examine import examine
+    from kimi_pretrain.doctor.outliers import outliers
 
     probes.CPU = replace(probes.CPU, rounds=5)
     if rank == SLOW:
@@ -40,7 +42,14 @@ def examine_as_rank(rank: int, world_size: int, run_dir: str) -> dict[str, Any]:
         os.environ["NCCL_IB_HCA"] = "mlx5_3"
     config = compose([f"run_dir={run_dir}"])
     world = open_world(replace(config.parallel, dp=world_size, timeout_seconds=60.0))
-    return examine(config, world, HOSTS[rank]).data()
+    found = examine(config, world, HOSTS[rank]).data()
+    probes._alone = lambda device, load: []
+    found["apart"] = {
+        each.name: [(one.rank, one.host, one.ratio) for one in slow]
+        for each in probes.probe(world, APART)
+        if (slow := outliers(each.name, each.seconds, APART))
+    }
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +75,12 @@ def test_the_slow_rank_is_named_with_its_host(found: dict[str, Any], name: str) 
     (finding,) = [each for each in found["findings"] if each["what"] == name]
     assert finding["level"] == "bad"
     assert f"rank {SLOW} on node-b" in finding["text"]
+
+
+def test_a_rank_that_is_slow_between_hosts_is_named(found: dict[str, Any]) -> None:
+    """Catches a bad network card that shows within no host, or is told of the host it sends to."""
+    slow = [one for one in found["apart"]["exchange between hosts"] if one[2] > FACTOR]
+    assert [one[:2] for one in slow] == [(SLOW, "node-c")]
 
 
 def test_an_all_to_all_holds_up_everyone(found: dict[str, Any]) -> None:

@@ -1,10 +1,12 @@
 """GPUs of a host, from a stand-in of pynvml."""
 
+from dataclasses import replace
+
 import pytest
 
 from kimi_pretrain.config import compose
 from kimi_pretrain.doctor.findings import BAD, NOTE, OK, Finding
-from kimi_pretrain.doctor.gpus import gpu_findings, look_at_gpus
+from kimi_pretrain.doctor.gpus import gpu_findings, has_gpus, look_at_gpus
 from tests.telemetry.fake_nvml import FakeGpu, install
 
 H800 = compose(["cluster=h800"]).cluster
@@ -57,3 +59,11 @@ def test_no_gpu_matters_where_there_should_be_some(monkeypatch: pytest.MonkeyPat
     assert here.text == "no GPU here (no NVIDIA driver answers: NVML Shared Library Not Found)"
     (there,) = gpu_findings(told, why_none, H800)
     assert there.level == BAD
+
+
+def test_what_a_cluster_has_goes_by_its_device() -> None:
+    """Catches a site's cluster of CPUs that is not fit without GPUs, because of its name."""
+    ours = replace(compose(["cluster=cpu"]).cluster, name="ours")
+    assert not has_gpus(ours)
+    assert has_gpus(replace(H800, name="cpu"))
+    assert not has_gpus(LOCAL)

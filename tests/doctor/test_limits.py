@@ -8,8 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from kimi_pretrain.config.launcher import LauncherConfig
 from kimi_pretrain.doctor.findings import BAD, NOTE, OK
 from kimi_pretrain.doctor.limits import limit_findings, limits, port_finding, shm_finding
+
+LOCAL = LauncherConfig()
 
 
 def test_limits_are_this_process_s() -> None:
@@ -46,14 +49,26 @@ def test_a_taken_port_is_told_and_a_free_one_left_free() -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = str(listener.getsockname()[1])
-        taken = port_finding({"MASTER_PORT": port})
+        taken = port_finding(LOCAL, {"MASTER_PORT": port})
     assert taken.level == NOTE
     assert "--rdzv-endpoint" in taken.fix
-    assert port_finding({"MASTER_PORT": port}).level == OK
-    assert port_finding({"MASTER_PORT": port}).level == OK
+    assert port_finding(LOCAL, {"MASTER_PORT": port}).level == OK
+    assert port_finding(LOCAL, {"MASTER_PORT": port}).level == OK
+
+
+def test_the_port_is_the_one_at_which_the_launcher_s_nodes_meet() -> None:
+    """Catches torchrun's usual port looked at, while nodes will meet at launcher.port."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = int(listener.getsockname()[1])
+        taken = port_finding(LauncherConfig("slurm", port=port), {"MASTER_PORT": "1"})
+    assert (taken.level, taken.fix) == (NOTE, f"launcher.port={port + 1}")
+    assert taken.text.startswith(f"{port} cannot be opened")
+    assert port_finding(LauncherConfig("hostfile"), {}).text.startswith("29400 ")
 
 
 def test_a_port_that_is_none_is_told() -> None:
     """Catches an overflow's traceback."""
-    assert port_finding({"MASTER_PORT": "65536"}).level == BAD
-    assert port_finding({"MASTER_PORT": "http"}).level == BAD
+    assert port_finding(LOCAL, {"MASTER_PORT": "65536"}).level == BAD
+    assert port_finding(LOCAL, {"MASTER_PORT": "http"}).level == BAD
