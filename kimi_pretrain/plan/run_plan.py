@@ -1,7 +1,7 @@
 """The plan of a run: parameters, memory, bytes, time, from the configuration alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 
 from kimi_pretrain.config.errors import ConfigError
@@ -17,7 +17,7 @@ from kimi_pretrain.plan.hardware import Hardware
 from kimi_pretrain.plan.layout_report import layout_report, require_muonclip
 from kimi_pretrain.plan.memory import RankMemory, rank_memory, static_of_layout
 from kimi_pretrain.plan.parameters import ParameterCount, count_parameters
-from kimi_pretrain.plan.run_schedule import RunSchedule, run_schedule
+from kimi_pretrain.plan.run_schedule import RunSchedule, run_schedule, steady
 from kimi_pretrain.plan.step_time import Replication, StepTime, replication, step_time
 from kimi_pretrain.plan.totals import ModelTotals
 
@@ -92,12 +92,12 @@ def fits(memory: Sequence[RankMemory], hardware: Hardware) -> bool:
     )
 
 
-def plan_run(config: Config, run: RunSchedule | None = None) -> Plan:
+def plan_run(config: Config, memory: Sequence[RankMemory] | None = None) -> Plan:
     """The plan of a run that ``config`` describes, in bf16.
 
     Args:
         config: settled.
-        run: its schedule, where it is known already.
+        memory: [pp] of its ranks, where that is known but for the padding of what is static.
 
     Raises:
         ConfigError: facts of the cluster are missing, ranks, batch or schedule do not fit each
@@ -107,10 +107,14 @@ def plan_run(config: Config, run: RunSchedule | None = None) -> Plan:
     hardware = Hardware.of(config.cluster)
     topology = Topology.of_config(config.parallel)
     setting = Setting.of(config, micro_batch_size(config))
-    if run is None:
-        run = run_schedule(config)
+    run = run_schedule(config)
     layout = layout_report(config)
     static = static_of_layout(layout)
+    if memory is None:
+        memory = rank_memory(config, run, static, hardware)
+    padded = tuple(
+        replace(rank, **asdict(fixed)) for rank, fixed in zip(memory, static, strict=True)
+    )
     flops, sent = [0.0] * topology.pp, [0.0] * topology.pp
     for stage in layout.stages:
         for rank in stage.stages:
@@ -125,7 +129,7 @@ def plan_run(config: Config, run: RunSchedule | None = None) -> Plan:
         hardware=hardware,
         run=run,
         count=count_parameters(config.model),
-        memory=tuple(rank_memory(config, run, static, hardware)),
+        memory=padded,
         all_to_all=all_to_all(config, topology, hardware, setting.tokens),
         message=message(config, topology, hardware, setting.tokens),
         replicas=tuple(replicas),
@@ -137,13 +141,13 @@ def plan_run(config: Config, run: RunSchedule | None = None) -> Plan:
 
 
 def memory_of_run(config: Config) -> tuple[RankMemory, ...]:
-    """[pp] what each rank holds, as in ``plan_run``, which takes longer to simulate the step too.
+    """[pp] what each rank holds, as in ``plan_run``, in a fraction of its time.
 
     Raises:
         ConfigError: as ``plan_run``.
     """
     precision_of(config)
-    hardware, run = Hardware.of(config.cluster), run_schedule(config)
+    hardware, run = Hardware.of(config.cluster), run_schedule(steady(config))
     return tuple(rank_memory(config, run, static_of_layout(layout_report(config)), hardware))
 
 

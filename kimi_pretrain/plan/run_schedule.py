@@ -1,6 +1,6 @@
 """The schedule that a run of a configuration follows, and where its stages lie."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kimi_pretrain.config.activation import offloads, policies
@@ -21,6 +21,9 @@ from kimi_pretrain.pipeline.shape import looped_placement, v_placement
 from kimi_pretrain.pipeline.transfers import has_p2p
 from kimi_pretrain.pipeline.verify import verify
 from kimi_pretrain.plan.stages import split_layers
+
+# Schedules that put weight gradients off, and smaller parallel.weight_grads_held, the faster first.
+FEWER_HELD = {"k2": (0,), "zb_h1": (1, 0), "dualpipe_v": (1, 0)}
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,22 @@ def run_schedule(config: Config) -> RunSchedule:
     validate_training(config)
     layers = split_layers(config.model, config.parallel)
     return RunSchedule(complete(named_schedule(config), config.activation), tuple(layers))
+
+
+def steady(config: Config) -> Config:
+    """The run with only as many microbatches as every rank takes to hold the most it ever does.
+
+    A pipeline is full after fewer than four times as many as it has ranks, and does the same over
+    and over until it drains; how much of a group is left over stays as it is. GPipe holds them all,
+    and of a schedule from a file nothing is known.
+    """
+    parallel, microbatches = config.parallel, microbatches_of(config)
+    few = 4 * parallel.pp + microbatches % parallel.pp
+    named = parallel.schedule_file is None and parallel.schedule not in ("gpipe", "none")
+    if not named or few >= microbatches:
+        return config
+    batch = few * micro_batch_size(config) * parallel.dp
+    return replace(config, schedule=replace(config.schedule, global_batch_size=batch))
 
 
 def complete(schedule: Schedule, activation: ActivationConfig) -> Schedule:

@@ -3,7 +3,8 @@
 Every combination of pipeline, virtual stages, expert parallelism, schedule, split and microbatch
 gets a bound on its speed from its own costs: no rank computes less than its microbatches take,
 whatever the order. In the order of their bounds, combinations then get a schedule, memory and,
-where they fit, a simulation, until those that are ranked beat every bound that is left.
+where they fit, a simulation, until those that are ranked beat every bound that is left. One that
+is too large puts off fewer weight gradients, if that is enough.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,13 +18,15 @@ from kimi_pretrain.config.validate import validate_training
 from kimi_pretrain.plan.activations import Setting, stage_kept
 from kimi_pretrain.plan.bound import most_tokens
 from kimi_pretrain.plan.hardware import Hardware
-from kimi_pretrain.plan.memory import RankMemory, rank_memory, static_without_padding
+from kimi_pretrain.plan.layout_report import require_muonclip
+from kimi_pretrain.plan.memory import RankMemory, static_without_padding
 from kimi_pretrain.plan.run_plan import Plan, fits, plan_run, precision_of
-from kimi_pretrain.plan.run_schedule import microbatches_of, rank_stages, run_schedule
+from kimi_pretrain.plan.run_schedule import FEWER_HELD, microbatches_of, rank_stages
+from kimi_pretrain.plan.shortage import memory_of
 from kimi_pretrain.plan.stages import split_layers
 
 VPP = (1, 2, 4)
-SECONDS = 20.0  # for simulations; what is left then keeps its bound
+SECONDS = 20.0  # for all of it; what is left then keeps its bound
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,22 @@ class Candidate:
     schedule: str
     layer_split: str
     micro_batch_size: int
+    weight_grads_held: int | None = None
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        names = ("pp", "vpp", "ep", "dp", "schedule", "layer_split")
+        names = ["pp", "vpp", "ep", "dp", "schedule", "layer_split"]
+        if self.weight_grads_held is not None:
+            names.append("weight_grads_held")
         parallel = tuple(f"parallel.{name}={getattr(self, name)}" for name in names)
         return (*parallel, f"schedule.micro_batch_size={self.micro_batch_size}")
+
+    @property
+    def lighter(self) -> Iterator["Candidate"]:
+        """The same with fewer weight gradients put off, where they may be several or one."""
+        if self.weight_grads_held is None:
+            for held in FEWER_HELD.get(self.schedule, ()):
+                yield replace(self, weight_grads_held=held)
 
     def of(self, config: Config) -> Config:
         """``config`` with this layout."""
@@ -55,6 +68,7 @@ class Candidate:
             schedule=self.schedule,
             schedule_file=None,
             layer_split=self.layer_split,
+            weight_grads_held=self.weight_grads_held,
         )
         schedule = replace(config.schedule, micro_batch_size=self.micro_batch_size)
         return settled(replace(config, parallel=parallel, schedule=schedule))
@@ -73,7 +87,7 @@ class Rejected:
     """A layout that is not among the ranked, and why."""
 
     candidate: Candidate
-    kind: str  # GPU memory | host memory | shape | slower
+    kind: str  # GPU memory | host memory | shape | slower | not tried
     reason: str
     over: float = 0.0  # bytes
     bound: float = 0.0  # tokens/s/GPU that it cannot exceed
@@ -106,12 +120,19 @@ def search(config: Config, gpus: int, top: int = 10) -> Found:
         raise ConfigError("--gpus", gpus, "at least 1", "--gpus 8")
     if top < 1:
         raise ConfigError("--top", top, "at least 1", "--top 10")
+    clock = _Clock(monotonic() + SECONDS)
     precision_of(config)
+    require_muonclip(config)
     hardware = Hardware.of(config.cluster)
     Setting.of(config, micro_batch_size(config))
     rejected: list[Rejected] = []
     bounds: list[tuple[float, Candidate]] = []
+    untried = 0
     for candidate in candidates(config, gpus):
+        if not clock.has_time():
+            rejected.append(Rejected(candidate, "not tried", "time ran out before"))
+            untried += 1
+            continue
         outcome = _bound(candidate, config, hardware)
         if isinstance(outcome, Rejected):
             rejected.append(outcome)
@@ -119,19 +140,21 @@ def search(config: Config, gpus: int, top: int = 10) -> Found:
             bounds.append((outcome, candidate))
     bounds.sort(key=lambda item: -item[0])
     ranked: list[Ranked] = []
-    started, proved = monotonic(), True
+    proved = not untried
     for place, (bound, candidate) in enumerate(bounds):
         last = ranked[top - 1].plan.tokens_per_gpu_second if len(ranked) >= top else 0.0
-        late = monotonic() - started > SECONDS
-        if last >= bound or late:
-            proved = last >= bound
+        nodes = candidate.pp * candidate.vpp * microbatches_of(candidate.of(config))
+        if last >= bound or not clock.has_time(nodes):
+            proved = proved and last >= bound
             rejected += [_slower(*item, last) for item in bounds[place:]]
             break
+        started = monotonic()
         judged = _judge(candidate, config, hardware)
+        clock.took(nodes, monotonic() - started)
         if isinstance(judged, Rejected):
             rejected.append(judged)
         else:
-            ranked.append(Ranked(candidate, judged))
+            ranked.append(judged)
             ranked.sort(key=lambda r: -r.plan.tokens_per_gpu_second)
     last = ranked[:top][-1].plan.tokens_per_gpu_second if ranked else 0.0
     rejected += [_slower(r.plan.tokens_per_gpu_second, r.candidate, last) for r in ranked[top:]]
@@ -139,9 +162,27 @@ def search(config: Config, gpus: int, top: int = 10) -> Found:
     return Found(name, hardware.name, gpus, tuple(ranked[:top]), tuple(rejected), proved)
 
 
+@dataclass
+class _Clock:
+    """When a search ends, and how long a node of a schedule takes it."""
+
+    ends: float
+    seconds: float = 0.0  # of the layouts that were judged
+    nodes: int = 0
+
+    def has_time(self, nodes: int = 0) -> bool:
+        """Whether a schedule of so many nodes would be judged in time."""
+        each = self.seconds / self.nodes if self.nodes else 0.0
+        return monotonic() + each * nodes <= self.ends
+
+    def took(self, nodes: int, seconds: float) -> None:
+        self.nodes += nodes
+        self.seconds += seconds
+
+
 def candidates(config: Config, gpus: int) -> Iterator[Candidate]:
-    """Every layout that uses all GPUs and divides experts evenly."""
-    model = config.model
+    """Every layout that uses all GPUs and divides experts evenly; of equal splits one."""
+    model, held = config.model, config.parallel.weight_grads_held
     for pp in _divisors(gpus):
         if pp > model.num_hidden_layers:
             continue
@@ -152,10 +193,22 @@ def candidates(config: Config, gpus: int) -> Iterator[Candidate]:
             for vpp in VPP:
                 if pp * vpp > model.num_hidden_layers or (pp == 1 and vpp > 1):
                     continue
+                splits = _splits(config, pp, vpp, ep)
                 for schedule in _schedules(pp, vpp):
-                    for split in ("balanced", "even") if pp * vpp > 1 else ("even",):
+                    for split in splits:
                         for size in (1, 2):
-                            yield Candidate(pp, vpp, ep, dp, schedule, split, size)
+                            yield Candidate(pp, vpp, ep, dp, schedule, split, size, held)
+
+
+def _splits(config: Config, pp: int, vpp: int, ep: int) -> tuple[str, ...]:
+    """Where both are the same layers, the one that takes no thought."""
+    even, balanced = (
+        split_layers(
+            config.model, replace(config.parallel, pp=pp, vpp=vpp, ep=ep, layer_split=split)
+        )
+        for split in ("even", "balanced")
+    )
+    return ("even",) if even == balanced else ("balanced", "even")
 
 
 def _schedules(pp: int, vpp: int) -> tuple[str, ...]:
@@ -181,20 +234,27 @@ def _bound(candidate: Candidate, config: Config, hardware: Hardware) -> float | 
     return most_tokens(changed, hardware) if large is None else large
 
 
-def _judge(candidate: Candidate, config: Config, hardware: Hardware) -> Plan | Rejected:
-    """The plan of a layout, or why it does not fit."""
+def _judge(candidate: Candidate, config: Config, hardware: Hardware) -> Ranked | Rejected:
+    """The plan of a layout, or of the first lighter one that fits; or why it does not."""
+    judged = _planned(candidate, config, hardware)
+    if isinstance(judged, Rejected) and judged.kind == "GPU memory":
+        for lighter in candidate.lighter:
+            again = _planned(lighter, config, hardware)
+            if isinstance(again, Ranked):
+                return again
+    return judged
+
+
+def _planned(candidate: Candidate, config: Config, hardware: Hardware) -> Ranked | Rejected:
     changed = candidate.of(config)
     try:
-        run = run_schedule(changed)
+        memory = memory_of(changed)
+        if not fits(memory, hardware):
+            return _over(candidate, memory, hardware)
+        plan = plan_run(changed, memory)
     except ConfigError as error:
         return Rejected(candidate, "shape", str(error))
-    stages = [run.stages(rank) for rank in range(candidate.pp)]
-    static = static_without_padding(changed, run.layers, stages)
-    memory = rank_memory(changed, run, static, hardware)
-    if not fits(memory, hardware):
-        return _over(candidate, memory, hardware)
-    plan = plan_run(changed, run)
-    return plan if plan.fits else _over(candidate, plan.memory, hardware)
+    return Ranked(candidate, plan) if plan.fits else _over(candidate, plan.memory, hardware)
 
 
 def _slower(bound: float, candidate: Candidate, last: float) -> Rejected:

@@ -8,32 +8,34 @@ from kimi_pretrain.plan.search import Candidate, Found, Ranked, Rejected
 
 GB = 1e9
 _NEAREST = 4  # rejected ones shown of each kind
+_OVERRIDES = 3  # a line
 _LONGEST = 94  # characters of a reason
 _KINDS = {
     "GPU memory": "too large for a GPU",
     "host memory": "too large for the host",
     "shape": "impossible",
     "slower": "slower",
+    "not tried": "not tried",
 }
-_HEAD = "  pp vpp  ep   dp  schedule          batch"
+_HEAD = "  pp vpp  ep   dp  schedule         split    W held batch"
 
 
 def search_lines(found: Found) -> Iterator[str]:
     """The ranking, and why the rest is not in it."""
     yield f"{found.model} on {found.gpus:,} x {found.cluster}: the fastest layouts that fit"
-    yield f"{_HEAD}{'tokens/s/GPU':>14}{'MFU':>7}{'step s':>9}{'bubble':>8}{'GB':>7}"
+    yield f"{_HEAD}{'tokens/s/GPU':>13}{'MFU':>6}{'step s':>8}{'bubble':>7}{'GB':>6}"
     for one in found.ranked:
         plan = one.plan
         yield (
-            f"{_shape(one.candidate)}{plan.tokens_per_gpu_second:>14,.0f}{plan.mfu:>7.3f}"
-            f"{plan.step.seconds:>9.2f}{plan.step.timeline.bubble:>8.3f}"
-            f"{plan.fullest.total / GB:>7.1f}"
+            f"{_shape(one.candidate)}{plan.tokens_per_gpu_second:>13,.0f}{plan.mfu:>6.3f}"
+            f"{plan.step.seconds:>8.2f}{plan.step.timeline.bubble:>7.3f}"
+            f"{plan.fullest.total / GB:>6.1f}"
         )
     if found.ranked:
         yield "the first as overrides:"
         overrides = found.ranked[0].candidate.overrides
-        yield "  " + " ".join(overrides[:4])
-        yield "  " + " ".join(overrides[4:])
+        for start in range(0, len(overrides), _OVERRIDES):
+            yield "  " + " ".join(overrides[start : start + _OVERRIDES])
     else:
         yield "  none"
     if found.proved and found.ranked:
@@ -84,4 +86,8 @@ def _kind(words: str, rejected: list[Rejected]) -> Iterator[str]:
 
 
 def _shape(c: Candidate) -> str:
-    return f"{c.pp:4}{c.vpp:4}{c.ep:4}{c.dp:5}  {c.schedule:18}{c.micro_batch_size:>5}"
+    held = "" if c.weight_grads_held is None else c.weight_grads_held
+    return (
+        f"{c.pp:4}{c.vpp:4}{c.ep:4}{c.dp:5}  {c.schedule:17}{c.layer_split:9}{held:>6}"
+        f"{c.micro_batch_size:>6}"
+    )

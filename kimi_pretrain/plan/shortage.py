@@ -11,7 +11,7 @@ from kimi_pretrain.plan.bound import most_tokens
 from kimi_pretrain.plan.hardware import Hardware
 from kimi_pretrain.plan.memory import COMPONENTS, RankMemory, rank_memory, static_without_padding
 from kimi_pretrain.plan.run_plan import fits
-from kimi_pretrain.plan.run_schedule import run_schedule
+from kimi_pretrain.plan.run_schedule import FEWER_HELD, run_schedule, steady
 
 NEAR = 1.1  # GPU-hours that differ by less than this are about the same
 
@@ -126,7 +126,7 @@ def memory_of(config: Config) -> Sequence[RankMemory]:
         ConfigError: as ``plan_run``.
     """
     _check_experts(config)
-    run = run_schedule(config)
+    run = run_schedule(steady(config))
     stages = [run.stages(rank) for rank in range(config.parallel.pp)]
     static = static_without_padding(config, run.layers, stages)
     return rank_memory(config, run, static, Hardware.of(config.cluster))
@@ -152,6 +152,9 @@ def _steps(config: Config) -> Iterator[_Step]:
         yield _parallel("nothing, if not even faster", layer_split="balanced")
     if parallel.schedule in ("gpipe", "k2", "interleaved_1f1b") and parallel.vpp == 1:
         yield _parallel("all-to-all no longer hidden", schedule="1f1b")
+    if parallel.weight_grads_held is None:
+        for held in FEWER_HELD.get(parallel.schedule, ()):
+            yield _parallel("weight gradients that fill no wait", weight_grads_held=held)
     if config.activation.policy == "none":
         yield _Step(
             "activation=k2",

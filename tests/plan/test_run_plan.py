@@ -9,7 +9,13 @@ from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.plan.communication import nodes_of_a_token
 from kimi_pretrain.plan.flops import HEAD_MIN_TOKENS, HEAD_TILE_ELEMENTS, head_products
 from kimi_pretrain.plan.layout_report import layout_report
-from kimi_pretrain.plan.memory import COMPONENTS, static_of_layout, static_without_padding
+from kimi_pretrain.plan.memory import (
+    COMPONENTS,
+    Static,
+    rank_memory,
+    static_of_layout,
+    static_without_padding,
+)
 from kimi_pretrain.plan.report import plan_data, plan_lines
 from kimi_pretrain.plan.run_plan import Plan, plan_run
 
@@ -41,6 +47,13 @@ def test_the_closed_form_is_the_layout_without_padding() -> None:
     ):
         assert low.parameters <= high.parameters
         assert low.optimizer == pytest.approx(high.optimizer, rel=0.01)
+
+
+def test_memory_that_is_known_gets_its_padding() -> None:
+    """Catches a search whose ranking shows other memory than the plan of its layout."""
+    one = plan()
+    known = rank_memory(one.config, one.run, [Static(0.0, 0.0, 0.0)] * 16, one.hardware)
+    assert plan_run(one.config, known).memory == one.memory
 
 
 def test_a_step_is_its_parts() -> None:

@@ -7,7 +7,8 @@ import pytest
 from kimi_pretrain.config import compose
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.pipeline.schedules import generate
-from kimi_pretrain.plan.run_schedule import rank_stages, run_schedule
+from kimi_pretrain.plan.run_plan import memory_of_run, plan_run
+from kimi_pretrain.plan.run_schedule import rank_stages, run_schedule, steady
 from kimi_pretrain.train.schedule import training_schedule
 
 BATCH = "schedule.global_batch_size=8"
@@ -38,6 +39,25 @@ def test_weight_gradients_are_put_off_no_more_than_is_allowed() -> None:
     assert run_schedule(tight).schedule != run_schedule(free).schedule
     whole = compose([*overrides, "parallel.weight_grads_held=0"])
     assert "I" not in "".join(training_schedule(whole).to_text())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "vpp"), [("1f1b", 1), ("k2", 1), ("k2", 2), ("zb_h1", 1), ("dualpipe_v", 2)]
+)
+@pytest.mark.parametrize("rest", [0, 1])
+def test_a_few_microbatches_hold_as_much_as_many(schedule: str, vpp: int, rest: int) -> None:
+    """Catches a run refused, or let through, for the memory of another one."""
+    overrides = ["cluster=cpu", "parallel.pp=2", f"parallel.vpp={vpp}", "activation=k2"]
+    overrides += [f"parallel.schedule={schedule}", "parallel.router_weights=before_down"]
+    many = compose([*overrides, f"schedule.global_batch_size={24 + rest}"])
+    assert steady(many).schedule.global_batch_size == 8 + rest
+    assert memory_of_run(many) == plan_run(many).memory
+
+
+def test_all_microbatches_of_gpipe_are_held() -> None:
+    """Catches a schedule without a steady state cut short."""
+    config = compose(["parallel.pp=2", "parallel.schedule=gpipe", "schedule.global_batch_size=24"])
+    assert steady(config) == config
 
 
 def test_a_file_is_read(tmp_path: Path) -> None:
