@@ -176,8 +176,9 @@ def test_every_saved_tensor_has_a_tag(tiny: TinyConfig, travels: bool, kernels: 
         run = Run(model, Activations.kept(), at_experts, dispatcher)
         found |= set(run.saved.device_bytes())
         assert list(run.held_without_a_tag()) == []
-        again = Run(model, custom(RECOMPUTE), at_experts, dispatcher)
-        assert list(again.held_without_a_tag()) == []
+        for tags in (RECOMPUTE, PRESETS["k2"]):
+            run = Run(model, custom(tags), at_experts, dispatcher)
+            assert list(run.held_without_a_tag()) == []
     assert found == set(TAGS)
 
 
