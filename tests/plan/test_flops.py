@@ -20,3 +20,9 @@ def test_flops_per_token(name: str, sequence_length: int, giga_flops: float) -> 
     model = compose([f"model={name}"]).model
     digits = len(str(giga_flops).split(".")[1])
     assert round(training_flops_per_token(model, sequence_length) / 1e9, digits) == giga_flops
+
+
+def test_linear_flops_per_token() -> None:
+    """Catches matrices and attention that are wrong by the same amount: without context only
+    matrices are left."""
+    assert round(training_flops_per_token(compose(["model=k2"]).model, 0) / 1e9, 2) == 190.12

@@ -1,6 +1,7 @@
 """Every figure that the reference marks as a check, and the published speed of DeepSeek-V3."""
 
 from functools import cache
+from itertools import pairwise
 
 import pytest
 
@@ -17,8 +18,11 @@ from kimi_pretrain.plan.flops import (
     training_flops_per_token,
 )
 from kimi_pretrain.plan.hardware import Hardware
+from kimi_pretrain.plan.layout_report import GRADIENT_BYTES, PARAMETER_BYTES
+from kimi_pretrain.plan.memory import static_without_padding
 from kimi_pretrain.plan.parameters import count_parameters
-from kimi_pretrain.plan.run_plan import Plan, plan_run, token_budget
+from kimi_pretrain.plan.run_plan import Plan, memory_of_run, plan_run, token_budget
+from kimi_pretrain.plan.totals import ModelTotals
 
 GB = 1e9
 K2 = "experiment=k2_1t_h800_2048"
@@ -85,15 +89,35 @@ def test_selective_recomputation() -> None:
 @pytest.mark.parametrize("split", ["even", "balanced"])
 def test_parameters_and_gradients_of_every_rank(split: str) -> None:
     """Catches bytes of another model or another split than 15 x 4 and 1."""
-    memory = plan("experiment=k2_1t_h800_256", f"parallel.layer_split={split}").memory
+    memory = plan(K2, f"parallel.layer_split={split}").memory
     held = [(rank.parameters + rank.gradients) / GB for rank in memory]
     assert [round(value, 2) for value in held] == [31.72, *[28.92] * 14, 14.28]
 
 
-@pytest.mark.parametrize(("nodes", "gigabytes"), [(32, 34.12), (128, 8.53), (256, 4.26)])
+def test_parameters_and_gradients_of_a_split_by_hand() -> None:
+    """Catches an embedding or a head with the wrong stage: 3, 14 x 4 and 2 layers."""
+    edges = [0, *range(3, 60, 4), 61]
+    layers = [range(start, stop) for start, stop in pairwise(edges)]
+    assert [len(part) for part in layers] == [3, *[4] * 14, 2]
+    held = static_without_padding(compose([K2]), layers, [[stage] for stage in range(16)])
+    both = [round((rank.parameters + rank.gradients) / GB, 2) for rank in held]
+    assert both == [24.49, *[28.92] * 14, 21.51]
+
+
+def test_bytes_of_the_model_and_of_a_layer() -> None:
+    """Catches a width of parameters or gradients, or experts that are not divided by ep."""
+    width = PARAMETER_BYTES + GRADIENT_BYTES
+    assert round(width * count_parameters(model("k2")).total / 1e12, 2) == 6.16
+    assert round(width * ModelTotals(model("k2"), ep=16).moe.elements / GB, 3) == 7.229
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gigabytes"), [(32, 34.12), (64, 17.06), (128, 8.53), (256, 4.26), (512, 2.13)]
+)
 def test_zero1_state_of_a_four_layer_stage(nodes: int, gigabytes: float) -> None:
     """Catches state sharded over the wrong replicas."""
-    memory = plan(K2, f"parallel.dp={nodes // 2}").memory
+    config = compose([K2, f"parallel.dp={nodes // 2}", "schedule.global_batch_size=4096"])
+    memory = memory_of_run(config)
     assert memory[5].optimizer / GB == pytest.approx(gigabytes, abs=0.01)
 
 
@@ -103,7 +127,8 @@ def test_what_k2_sends() -> None:
     topology, hardware = Topology.of_config(config.parallel), Hardware.of(config.cluster)
     sent = all_to_all(config, topology, hardware, 4096)
     assert all_to_all_bytes_per_token(config.model) == 114_688
-    assert round(114_688 * 4096 / 1e6, 1) == 469.8
+    everywhere = sent.total * topology.ep / (topology.ep - 1)  # to the own rank too
+    assert round(everywhere / 1e6, 1) == 469.8
     assert round(sent.nvlink / 1e6, 1) == 205.5
     assert round(sent.rdma / 1e6, 1) == 234.9
     assert round(message(config, topology, hardware, 4096).total / 1e6, 2) == 58.72
