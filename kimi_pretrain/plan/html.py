@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from html import escape
+from math import floor, log10
 
 from kimi_pretrain.pipeline.timeline import COMPUTE, Timeline
 from kimi_pretrain.plan.memory import COMPONENTS
@@ -70,7 +71,7 @@ def memory_svg(plan: Plan) -> Iterator[str]:
     scale = (_WIDTH - _LEFT - 60) / most
     height = len(plan.memory) * (_BAR + 4) + 44
     yield _svg(height, "memory of every pipeline rank, by component")
-    yield from _legend({LABELS[name]: _MEMORY[name] for name in COMPONENTS}, 10)
+    yield from _legend({LABELS[name]: _MEMORY[name] for name in COMPONENTS}, 14)
     y = 28.0
     for rank in plan.memory:
         yield _text(_LEFT - 6, y + 11, f"rank {rank.rank}", "end")
@@ -96,8 +97,7 @@ def timeline_svg(timeline: Timeline, start: float, end: float) -> Iterator[str]:
     scale = (_WIDTH - _LEFT - 10) / (end - start)
     bottom = 28 + len(timeline.ranks) * _LANE
     yield _svg(bottom + 22, "the simulated pipeline")
-    legend = {label: _TIME[kind] for kind, label in _TIME_LABELS.items()}
-    yield from _legend(legend | {"all-to-all exposed": _EXPOSED, "idle": _IDLE}, 10)
+    yield from _legend(_shown(timeline, start, end), 14)
 
     def box(first: float, last: float, y: float, height: float) -> str:
         a, b = max(first, start), min(last, end)
@@ -117,11 +117,25 @@ def timeline_svg(timeline: Timeline, start: float, end: float) -> Iterator[str]:
                 paths[_EXPOSED].append(box(first, last, y + 13, 4))
         for colour, parts in paths.items():
             yield f'<path d="{"".join(parts)}" fill="{colour}"/>'
+    digits = max(2, 2 - floor(log10(end - start)))
     for tick in range(5):
         at = start + (end - start) * tick / 4
         x, anchor = _LEFT + (at - start) * scale, ("start", "middle", "middle", "middle", "end")
-        yield _text(x, bottom + 14, f"{at:.2f} s", anchor[tick])
+        yield _text(x, bottom + 14, f"{at:.{digits}f} s", anchor[tick])
     yield "</svg>"
+
+
+def _shown(timeline: Timeline, start: float, end: float) -> dict[str, str]:
+    """Label and colour of what is to be seen between ``start`` and ``end``."""
+    ranks = range(len(timeline.ranks))
+    nodes = [node for rank in ranks for node in _nodes(timeline, rank)]
+    kinds = {kind.replace("B", "I") for kind, first, last in nodes if last > start and first < end}
+    shown = {label: _TIME[kind] for kind, label in _TIME_LABELS.items() if kind in kinds}
+    if any(
+        last > start and first < end for rank in ranks for first, last in timeline.exposed(rank)
+    ):
+        shown["all-to-all exposed"] = _EXPOSED
+    return shown | {"idle": _IDLE}
 
 
 def beginning(timeline: Timeline, nodes: int = _NODES) -> tuple[float, float]:

@@ -43,4 +43,15 @@ def test_the_timeline_shows_every_rank() -> None:
     ElementTree.fromstring(picture)
     for rank in range(2):
         assert f">rank {rank}<" in picture
+    for label in ("forward", "overlapped pair", "weight gradients", "idle"):
+        assert f">{label}<" in picture
+    assert "all-to-all exposed" not in picture  # one rank has all experts
     assert len(re.findall(r'<path d="[^"]+" fill="#0072B2"', picture)) == 2  # forwards
+
+
+def test_short_steps_have_ticks_that_differ() -> None:
+    """Catches five times 0.00 s below a step of milliseconds."""
+    timeline = plan_run(compose(OVERRIDES)).step.timeline
+    picture = "\n".join(timeline_svg(timeline, 0.0, 3e-3))
+    ticks = re.findall(r">([0-9.]+) s<", picture)
+    assert ticks == ["0.00000", "0.00075", "0.00150", "0.00225", "0.00300"]
