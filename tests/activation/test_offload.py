@@ -1,15 +1,18 @@
 """The offload engine: the right values whatever the copies' timing, and no state out of turn."""
 
 import gc
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.offload_stress import Hasty, Late, poison, stress
-from kimi_pretrain.activation.handles import Keep
+from benchmarks.offload_stress import Hasty, Late, _Unheeded, poison, stress
+from kimi_pretrain.activation.handles import Fp8Tile, Keep
 from kimi_pretrain.activation.offload import MOVES, Offload, Offloader, OffloadError, State
+from kimi_pretrain.ops.fp8_tiles import dequantise_tiles, quantise_tiles
 from kimi_pretrain.ops.streams import ThreadStream, Ticket
 
 CPU = torch.device("cpu")
@@ -41,6 +44,99 @@ def test_a_thousand_steps_of_slow_copies_are_right() -> None:
 def test_a_missing_wait_is_seen() -> None:
     """Catches a stress test that would pass whatever the engine forgot."""
     assert stress(CPU, 50, ELEMENTS, broken=Hasty).wrong > 0
+
+
+# --- a slab with room for two tensors, FP8 among them -------------------------------------------
+
+ROWS, WIDTH = 16, 256
+TILES = 4096 + 256  # bytes in the slab: codes and scales
+
+
+class UnwaitedSettle(Offloader):
+    """An engine that frees device memory before it was read."""
+
+    def settle(self, mark: int) -> None:
+        self._leaving = deque(replace(parcel, ticket=_Unheeded()) for parcel in self._leaving)
+        super().settle(mark)
+
+
+class UnwaitedLoad(Offloader):
+    """An engine whose tensors are read before they have come back."""
+
+    def fetch(self, handles: Iterable[Offload]) -> Ticket | None:
+        asked = list(handles)
+        ticket = super().fetch(asked)
+        for handle in asked:
+            if handle.state is State.COMING:
+                handle.ticket = _Unheeded()
+        return ticket
+
+
+def crowded(
+    kind: type[Offloader], steps: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, "Counter[tuple[State, State]]"]:
+    """Steps with four microbatches in flight and room for two tensors; wrong values, and moves.
+
+    A microbatch keeps one tensor as it is and one in FP8; of every fourth the backward comes at
+    once.
+    """
+    moves: Counter[tuple[State, State]] = Counter()
+    move = Offload.move
+
+    def counted(handle: Offload, to: State) -> None:
+        moves[handle.state, to] += 1
+        move(handle, to)
+
+    monkeypatch.setattr(Offload, "move", counted)
+    stream = Late(ThreadStream("late copies"), CPU, 2e-4)
+    engine = kind(CPU, 2 * TILES, stream, poison)
+    wrong, number = 0, 0
+    for _ in range(steps):
+        held: list[list[tuple[Tensor, Offload]]] = []
+        for _ in range(4):
+            number += 1
+            mark = engine.mark()
+            rows = torch.full((ROWS, WIDTH), float(number), dtype=torch.bfloat16)
+            tiles = [Fp8Tile("swiglu_in", rows, quantise_tiles, dequantise_tiles) for _ in "12"]
+            plain = torch.full((ELEMENTS,), float(number))
+            pairs = [(plain.clone(), Keep("norm_in", plain)), (tiles[0].load(), tiles[1])]
+            held.append([(want, Offload(handle)) for want, handle in pairs])
+            del rows, plain, tiles, pairs
+            engine.settle(mark)
+            engine.leave([handle for _, handle in held[-1]])
+            if number % 4 == 0:  # wanted again while it leaves
+                wrong += backward(engine, held.pop())
+        while held:
+            wrong += backward(engine, held.pop(0), *held[:1])
+    engine.close()
+    assert engine.slab.spans.used == 0
+    return wrong, moves
+
+
+def backward(engine: Offloader, *held: list[tuple[Tensor, Offload]]) -> int:
+    """Read the first, and fetch it and the next ahead."""
+    mark = engine.mark()
+    for pairs in held:
+        engine.fetch([handle for _, handle in pairs])
+    wrong = sum(not torch.equal(handle.load(), want) for want, handle in held[0])
+    engine.settle(mark)
+    return wrong
+
+
+def test_a_crowded_slab_gives_back_what_it_got(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a tensor that is lost where it waits for room, or is wanted while it leaves."""
+    wrong, moves = crowded(Offloader, 250, monkeypatch)
+    assert wrong == 0
+    every = {(state, to) for state, following in MOVES.items() for to in following}
+    assert set(moves) == every
+    assert min(moves.values()) > 100
+
+
+@pytest.mark.parametrize("kind", [UnwaitedSettle, UnwaitedLoad])
+def test_each_missing_wait_is_seen(kind: type[Offloader], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a stress test that would pass if one of the engine's two waits were gone."""
+    wrong, _ = crowded(kind, 30, monkeypatch)
+    assert wrong > 0
 
 
 @pytest.mark.parametrize("state", State)
