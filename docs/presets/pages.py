@@ -14,7 +14,6 @@ from pathlib import Path
 
 from kimi_pretrain.cli import main
 from kimi_pretrain.config import compose
-from kimi_pretrain.config.schema import Config
 from kimi_pretrain.plan.html import beginning, memory_svg, timeline_svg
 from kimi_pretrain.plan.run_plan import plan_run
 
@@ -25,9 +24,11 @@ NODES = 48  # of a rank, that a picture shows
 def write_plans(pages: list[Path]) -> int:
     """The plan and the pictures of every page."""
     for page in pages:
-        overrides, config = _experiment(page.stem)
-        plan = plan_run(config)
-        _part(page, "plan", _printed(["plan", *overrides])[1])
+        plan = plan_run(compose([f"experiment={page.stem}"]))
+        code, text = _printed(["plan", f"experiment={page.stem}"])
+        if code != 0:
+            raise SystemExit(f"{page.stem} does not fit")
+        _part(page, "plan", text)
         timeline = plan.step.timeline
         for name, lines in (
             ("memory", memory_svg(plan)),
@@ -42,22 +43,11 @@ def write_dry_runs(pages: list[Path]) -> int:
     """What whole steps counted, on every page; 1 where it is not what is planned."""
     worst = 0
     for page in pages:
-        overrides, _ = _experiment(page.stem)
-        code, text = _printed(["plan", "--dry-run", *overrides])
+        code, text = _printed(["plan", "--dry-run", f"experiment={page.stem}"])
         _part(page, "dry-run", text)
         print(f"{page.name}: {'as planned' if code == 0 else 'NOT as planned'}", flush=True)
         worst = max(worst, code)
     return worst
-
-
-def _experiment(name: str) -> tuple[list[str], Config]:
-    """Its overrides: on a cluster whose facts are known."""
-    overrides = [f"experiment={name}"]
-    config = compose(overrides)
-    if config.cluster.memory_bytes is None:
-        overrides.append("cluster=cpu")
-        config = compose(overrides)
-    return overrides, config
 
 
 def _printed(arguments: list[str]) -> tuple[int, str]:

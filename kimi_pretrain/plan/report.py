@@ -134,12 +134,19 @@ def plan_data(plan: Plan, short: Shortage | None, budget: float) -> dict[str, An
         "all_to_all": asdict(plan.all_to_all),
         "message": asdict(plan.message),
         "replicas": [asdict(replica) for replica in plan.replicas],
+        "sent": [
+            {"what": what, **asdict(sent), "overlaps": overlaps}
+            for what, sent, overlaps in _sent_rows(plan)
+        ],
+        "step_tokens": plan.step_tokens,
+        "flops_per_step": plan.step_tokens * plan.flops_per_token,
         "flops_per_token": plan.flops_per_token,
         "newton_schulz": plan.newton_schulz,
         "newton_schulz_share": plan.newton_schulz_share,
         "costs": asdict(plan.costs),
         "step": {
             "seconds": plan.step.seconds,
+            "parts": dict(_time_rows(plan)),
             "pipeline": plan.step.pipeline,
             "reduce_scatter_exposed": plan.step.reduce_scatter,
             "optimizer": plan.step.optimizer,
@@ -187,7 +194,7 @@ def _memory(plan: Plan) -> Iterator[str]:
             values = (f"{getattr(group[0], name) / GB:15.2f}" for group in part)
             yield f"{'  ' + LABELS[name]:24}" + "".join(values)
         yield f"{'  together':24}" + "".join(f"{group[0].total / GB:15.2f}" for group in part)
-        kept = (f"{group[0].microbatches:15}" for group in part)
+        kept = (f"{max(rank.microbatches for rank in group):15}" for group in part)
         yield f"{'  microbatches kept':24}" + "".join(kept)
         if any(rank.host for rank in plan.memory):
             host = (f"{max(rank.host for rank in group) / GB:15.2f}" for group in part)
@@ -201,39 +208,46 @@ def _memory(plan: Plan) -> Iterator[str]:
 
 
 def _sent(plan: Plan) -> Iterator[str]:
-    rank = len(plan.memory) // 2
-    busiest = max(range(len(plan.memory)), key=plan.all_to_alls)
-    replica = max(plan.replicas, key=lambda r: r.reduce_scatter.total)
-    token = all_to_all_bytes_per_token(plan.config.model)
-    a2a, messages = plan.all_to_all, plan.message
     yield f"{'a rank sends in a step':34}{'NVLink':>12}{'RDMA':>12}   overlaps"
-    pairs = "under the other microbatch" if _overlaps(plan) else "nothing: no pairs"
-    yield _line("ep: all-to-all", a2a.times(plan.all_to_alls(busiest)), pairs)
-    if plan.topology.pp > 1:
-        way = messages.times(plan.messages(rank))
-        yield _line("pp: activations, gradients", way, "other actions")
-    yield _line("dp: reduce-scatter, fp32", replica.reduce_scatter, "the last backwards")
-    yield _line("dp: all-gather, bf16", replica.all_gather, "the next forwards")
-    yield _line("dp: Muon's exchange, most", replica.exchange, "nothing")
+    for label, sent, overlaps in _sent_rows(plan):
+        yield f"{'  ' + label:34}{si(sent.nvlink) + 'B':>12}{si(sent.rdma) + 'B':>12}   {overlaps}"
+    token = all_to_all_bytes_per_token(plan.config.model)
     yield (
-        f"one dispatch: {si(a2a.total)}B, rows of {token:,} B a token; "
-        f"one message: {si(messages.total)}B"
+        f"one dispatch: {si(plan.all_to_all.total)}B, rows of {token:,} B a token; "
+        f"one message: {si(plan.message.total)}B"
     )
 
 
-def _line(label: str, sent: Bytes, overlaps: str) -> str:
-    return f"{'  ' + label:34}{si(sent.nvlink) + 'B':>12}{si(sent.rdma) + 'B':>12}   {overlaps}"
+def _sent_rows(plan: Plan) -> Iterator[tuple[str, Bytes, str]]:
+    """What the busiest rank sends in a step of each kind, and what that overlaps with."""
+    busiest = max(range(len(plan.memory)), key=plan.all_to_alls)
+    replica = max(plan.replicas, key=lambda r: r.reduce_scatter.total)
+    pairs = "under the other microbatch" if _overlaps(plan) else "nothing: no pairs"
+    yield "ep: all-to-all", plan.all_to_all.times(plan.all_to_alls(busiest)), pairs
+    if plan.topology.pp > 1:
+        way = plan.message.times(plan.messages(len(plan.memory) // 2))
+        yield "pp: activations, gradients", way, "other actions"
+    yield "dp: reduce-scatter, fp32", replica.reduce_scatter, "the last backwards"
+    yield "dp: all-gather, bf16", replica.all_gather, "the next forwards"
+    yield "dp: Muon's exchange, most", replica.exchange, "nothing"
 
 
 def _time(plan: Plan) -> Iterator[str]:
+    step = plan.step
+    yield f"{'seconds of a step':34}{step.seconds:12.3f}"
+    for label, seconds in _time_rows(plan):
+        yield f"{'  ' + label:34}{seconds:12.3f}{100 * seconds / step.seconds:9.1f} %"
+
+
+def _time_rows(plan: Plan) -> list[tuple[str, float]]:
+    """The parts of a step, in seconds: of the pipeline the mean of its ranks."""
     step, timeline = plan.step, plan.step.timeline
     ranks = len(timeline.ranks)
     compute = sum(timeline.busy) / ranks
     exchange = sum(timeline.exposed_all_to_all) / ranks
     messages = sum(timeline.exposed_communication) / ranks - exchange
     idle = step.pipeline - compute - exchange - messages
-    yield f"{'seconds of a step':34}{step.seconds:12.3f}"
-    for label, seconds in (
+    return [
         ("compute, mean of the ranks", compute),
         ("all-to-all exposed", exchange),
         ("messages exposed", messages),
@@ -241,8 +255,7 @@ def _time(plan: Plan) -> Iterator[str]:
         ("reduce-scatter exposed", step.reduce_scatter),
         ("optimizer", step.optimizer),
         ("all-gather exposed", step.all_gather),
-    ):
-        yield f"{'  ' + label:34}{seconds:12.3f}{100 * seconds / step.seconds:9.1f} %"
+    ]
 
 
 def _speed(plan: Plan, budget: float) -> Iterator[str]:

@@ -82,11 +82,12 @@ def test_every_shipped_option_composes(group: str, option: str) -> None:
 
 
 def test_the_default_run_is_the_experiment_k2_nano_cpu() -> None:
-    """Catches a preset that drifts from the default it names."""
+    """Catches a preset that drifts from the default it names, but for what a plan must know."""
     named = asdict(compose(["experiment=k2_nano_cpu", "run_dir=x"]))
     default = asdict(compose(["run_dir=x"]))
     assert named.pop("experiment") == "k2_nano_cpu"
     assert default.pop("experiment") is None
+    assert (named.pop("cluster")["name"], default.pop("cluster")["name"]) == ("cpu", "local")
     assert named == default
 
 

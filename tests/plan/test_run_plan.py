@@ -1,5 +1,6 @@
 """A plan as a whole: its parts add up, and each cause has its effect."""
 
+import re
 from functools import cache
 
 import pytest
@@ -145,4 +146,13 @@ def test_data_is_complete() -> None:
     data = plan_data(plan(), None, 1e12)
     assert len(data["memory"]) == data["pp"] == len(data["replicas"]) == 16
     assert data["fits"]
+    assert sum(data["step"]["parts"].values()) == pytest.approx(data["step"]["seconds"])
+    assert data["flops_per_step"] == data["flops_per_token"] * data["step_tokens"]
+    text = "\n".join(plan_lines(plan(), None, 1e12))
+    for row in data["sent"]:  # what the text has, programs have too
+        assert {"what", "nvlink", "rdma", "overlaps"} == row.keys()
+        assert re.search(re.escape(f"  {row['what']} ") + ".*" + re.escape(row["overlaps"]), text)
+    for part, seconds in data["step"]["parts"].items():
+        assert re.search(re.escape(f"  {part} ") + f" *{seconds:.3f} ", text)
+    assert len(data["sent"]) == 5
     assert data["days"] == pytest.approx(data["gpu_hours"] / data["world"] / 24)
