@@ -10,9 +10,11 @@ down-projection; bf16.
 
 Memory is counted, not estimated: every storage that an operation of the step makes, kept or
 passing, until it is freed, counts while it lives; the host's slab does not, as on a GPU. What is
-counted is the same on every run. The process's own peak is held against the plan: what one more
-microbatch adds to the resident memory of a process that only computes forwards, over the bytes
-that `plan` gives a layer (without offload, which on a CPU moves bytes within one memory).
+counted is the same on every run. Beside it stands what the process itself took: by how much the
+forwards and backwards of a step raise the resident peak of a fresh process (every tensor in pages
+of its own), over what `plan` says of the same row of actions, gradients that wait for W included.
+There a CPU's slab is memory as any other, on both sides. What an operation needs only while it
+runs is in no plan, so that the ratio is above 1, the more the fewer microbatches there are.
 
 Time is measured apart, without the counting, the two sides alternating in one process; copies run
 in a thread beside the compute.
@@ -20,11 +22,12 @@ in a thread beside the compute.
 
 import argparse
 import multiprocessing
-import resource
+import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,16 +40,20 @@ from benchmarks.report_lines import print_header, spread
 from kimi_pretrain.activation.offload import Offloader
 from kimi_pretrain.activation.saved import Activations
 from kimi_pretrain.config import compose
-from kimi_pretrain.config.activation import PRESETS, policies
+from kimi_pretrain.config.activation import PRESETS, offloads, policies
 from kimi_pretrain.config.schema import ActivationConfig, Config
 from kimi_pretrain.model.chunk import Chunk
 from kimi_pretrain.model.microbatch import Microbatch
 from kimi_pretrain.model.tape import ChunkTape, backward_steps, forward_steps, straight
 from kimi_pretrain.ops import registry
+from kimi_pretrain.ops.main_grad import Deferral, Product
 from kimi_pretrain.parallel.dispatch import LocalDispatcher
-from kimi_pretrain.plan.activations import Setting, layer_kept
+from kimi_pretrain.pipeline.actions import Schedule
+from kimi_pretrain.plan.activations import Setting, stage_kept
+from kimi_pretrain.plan.in_flight import held_along
 
 CPU = torch.device("cpu")
+LAYERS = range(1, 2)  # a MoE layer, neither the first nor the last
 
 
 class LiveBytes(TorchDispatchMode):
@@ -80,10 +87,12 @@ class Stage:
     def __init__(self, config: Config, microbatches: int) -> None:
         model, length = config.model, config.data.sequence_length
         torch.manual_seed(0)
-        self.chunk = Chunk(model, range(1, 2), torch.bfloat16)
+        self.chunk = Chunk(model, LAYERS, torch.bfloat16)
+        self.deferral = Deferral()
         for parameter in self.chunk.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
             parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
+            parameter.main_grad_deferral = self.deferral  # type: ignore[attr-defined]
         self.shared = Microbatch.build(model, length, torch.bfloat16, CPU)
         self.dispatcher = LocalDispatcher(weights_at_experts=True)
         self.microbatches = microbatches
@@ -103,7 +112,17 @@ class Stage:
         while tapes:
             if engine is not None and len(tapes) > 1:
                 engine.fetch(tapes[-2].saved.offloadable())
-            straight(backward_steps(tapes.pop(), self.x, self.dispatcher))
+            self.backward(tapes.pop())
+
+    def backward(self, tape: ChunkTape) -> None:
+        """Weight gradients wait until rows would fly, as in a schedule's whole backward."""
+        waiting: list[Product] = []
+        self.deferral.into = waiting
+        for stop in backward_steps(tape, self.x, self.dispatcher):
+            if stop.flight is not None:
+                _compute(waiting)
+        self.deferral.into = None
+        _compute(waiting)
 
     def forward(self, activations: Activations, tapes: list[ChunkTape]) -> None:
         keep, x = tapes.append, self.x.clone()  # as it arrives from the stage before
@@ -114,14 +133,12 @@ class Stage:
         )
 
 
-def opened(policy: str, host_bytes: int) -> Activations:
+def opened(activation: ActivationConfig, host_bytes: int) -> Activations:
     """As a run opens them, with the kernels of csrc/ where they were built."""
-    if policy == "none":
-        return Activations.kept()
     quantise = registry.select("quantise_tiles", "auto", "cpu", torch.bfloat16)
     dequantise = registry.select("dequantise_tiles", "auto", "cpu", torch.bfloat16)
-    chosen = policies(ActivationConfig(policy))
-    return Activations(chosen, Offloader(CPU, host_bytes), quantise, dequantise)
+    engine = Offloader(CPU, host_bytes) if offloads(activation) else None
+    return Activations(policies(activation), engine, quantise, dequantise)
 
 
 def peak_bytes(step: Callable[[], None]) -> int:
@@ -131,28 +148,55 @@ def peak_bytes(step: Callable[[], None]) -> int:
     return live.peak
 
 
-def resident_growth(config: Config, policy: ActivationConfig) -> float:
-    """Bytes by which the resident peak of a process grows with each microbatch kept."""
-    few, many = 2, 34
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1, maxtasksperchild=1) as pool:
-        peaks = [pool.apply(_forward_peak, (config, policy, count)) for count in (few, many)]
-    return (peaks[1] - peaks[0]) / (many - few)
+@torch.no_grad()
+def _compute(waiting: list[Product]) -> None:
+    for product in waiting:
+        product.add()
+    waiting.clear()
 
 
-def _forward_peak(config: Config, policy: ActivationConfig, microbatches: int) -> int:
+def process_growth(config: Config, microbatches: int) -> int:
+    """Bytes by which a step raises the resident peak of a process of its own."""
+    # Read when a process starts: memory that is freed goes back at once.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return pool.apply(_growth, (config, microbatches))
+
+
+def _growth(config: Config, microbatches: int) -> int:
     torch.set_num_threads(1)
-    stage, tapes = Stage(config, microbatches), list[ChunkTape]()
-    activations = replace(opened("k2", 1), policies=policies(policy))
-    for _ in range(microbatches):
-        stage.forward(activations, tapes)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    stage = Stage(config, 1)
+    stage.step(opened(config.activation, 2**28))  # what libraries take for themselves
+    slab = 2 * microbatches * stage_kept(Setting.of(config, 1), LAYERS).host
+    activations = opened(config.activation, int(slab))  # what is not written takes no memory
+    stage.microbatches = microbatches
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _resident("VmRSS")
+    stage.step(activations)
+    return _resident("VmHWM") - before
 
 
-def planned(config: Config, policy: ActivationConfig) -> float:
-    """Bytes that the plan gives the layer for a microbatch."""
-    setting = Setting.of(replace(config, activation=policy), 1)
-    return sum(layer_kept(setting, moe=True).values()) * config.data.sequence_length
+def _resident(what: str) -> int:
+    """Bytes of this process that are in memory, or were at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(what)))
+
+
+def planned_growth(config: Config, microbatches: int) -> float:
+    """The most that the plan says of ``Stage.step``, on the device and in the slab together."""
+    setting = Setting.of(config, 1)
+    kept = stage_kept(setting, LAYERS)
+    leaves = [number for number in range(microbatches - 2) if kept.host]
+    row = []
+    for number in range(microbatches):
+        row += [f"0F{number}", *[f"0OFFLOAD{number}"] * (number in leaves)]
+    for number in reversed(range(microbatches)):
+        row += [*[f"0PREFETCH{number - 1}"] * (number - 1 in leaves), f"0B{number}"]
+    most = slab = 0.0
+    for held in held_along(Schedule.from_text([",".join(row)]), 0, [kept]):
+        slab = max(slab, held.host)  # pages once written stay
+        most = max(most, held.device + held.gradients + slab)
+    return most
 
 
 def _hidden(dial: int) -> int:
@@ -182,7 +226,7 @@ def main() -> None:
         ]
     )
     stage = Stage(config, arguments.microbatches)
-    sides = {name: opened(name, 2**32) for name in ("none", "k2")}
+    sides = {name: opened(ActivationConfig(name), 2**32) for name in ("none", "k2")}
     model = config.model
     print(
         f"layer: hidden {model.hidden_size}, {model.num_attention_heads} heads, experts of "
@@ -198,14 +242,17 @@ def main() -> None:
         tag: text.replace("+offload", "").replace("offload", "keep")
         for tag, text in PRESETS["k2"].items()
     }
-    for name, policy in (
-        ("none", ActivationConfig()),
-        ("k2 without offload", ActivationConfig("custom", here)),
-    ):
-        grows, says = resident_growth(config, policy), planned(config, policy)
+    for name, policy in {
+        "none": ActivationConfig(),
+        "k2 without offload": ActivationConfig("custom", here),
+        "k2": ActivationConfig("k2"),
+    }.items():
+        chosen = replace(config, activation=policy)
+        grows = process_growth(chosen, arguments.microbatches)
+        says = planned_growth(chosen, arguments.microbatches)
         print(
-            f"{name}: a microbatch adds {grows / 2**20:.2f} MiB to the process, the plan says "
-            f"{says / 2**20:.2f}: {grows / says:.3f}"
+            f"{name:18} a step takes {grows / 2**20:8.1f} MiB of the process, the plan says "
+            f"{says / 2**20:8.1f}: {grows / says:.3f}"
         )
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(arguments.rounds):
