@@ -1,6 +1,6 @@
 """What a dry run counted beside what the planner says of the same rank."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
 
@@ -8,8 +8,10 @@ from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.dry_run.rank import RankRun
 from kimi_pretrain.pipeline.actions import Action, Kind
 from kimi_pretrain.plan.activations import Setting, stage_kept
+from kimi_pretrain.plan.backward import GRADIENTS
 from kimi_pretrain.plan.in_flight import held_along
 from kimi_pretrain.plan.layout_report import exchange_bytes, rank_layout
+from kimi_pretrain.plan.memory import flying_rows
 from kimi_pretrain.plan.run_plan import Plan
 
 TOLERANCE = 0.01
@@ -54,8 +56,9 @@ def _held(plan: Plan, run: RankRun) -> Iterator[Row]:
     yield Row("ZeRO-1 state", run.optimizer, memory.optimizer)
     setting = Setting.of(plan.config, micro_batch_size(plan.config))
     kept = [stage_kept(setting, layers) for layers in plan.run.layers]
-    for stage, size in sorted(run.kept.items()):
-        yield Row(f"a microbatch keeps, stage {stage}", size, kept[stage].total)
+    for stage in sorted(plan.run.stages(run.at.pp)):
+        counted = run.kept.get(stage, 0)  # of a stage whose forwards none had for itself
+        yield Row(f"a microbatch keeps, stage {stage}", counted, kept[stage].total)
     schedule = plan.run.schedule
     if memory.offloaded:
         yield Row("on the host, most", run.host, memory.offloaded)
@@ -66,6 +69,14 @@ def _held(plan: Plan, run: RankRun) -> Iterator[Row]:
             held.device for node, held in nodes if isinstance(node, Action) and node.kind is Kind.F
         ]
         yield Row("kept between actions, most", run.resting, max(rests))
+    owed = [stage_kept(setting, layers, GRADIENTS) for layers in plan.run.layers]
+    waiting = max(held.gradients for held in held_along(schedule, run.at.pp, owed))
+    yield Row("gradients until W, most", run.until_w, waiting)
+    yield Row(
+        "rows to experts on their way, most",
+        run.flying,
+        flying_rows(plan.config, plan.run, run.at.pp),
+    )
     moving = memory.activations + memory.weight_gradients + memory.communication
     yield Row("all that comes and goes, most", run.moving, moving, bound=True)
 
@@ -73,16 +84,20 @@ def _held(plan: Plan, run: RankRun) -> Iterator[Row]:
 def _sent(plan: Plan, run: RankRun) -> Iterator[Row]:
     rank, replica = run.at.pp, plan.replicas[run.at.pp]
     dispatches = plan.all_to_all.total * plan.all_to_alls(rank)
-    yield Row("ep: all-to-all", _bytes(run, "all_to_all", "ep"), dispatches)
-    yield Row("pp: messages", _bytes(run, "send", "pp"), plan.message.total * plan.messages(rank))
-    reduced = _bytes(run, "reduce_scatter", "edp", "dp")
+    yield Row("ep: all-to-all", _bytes(run.sent, "all_to_all", "ep"), dispatches)
+    away = plan.all_to_all.rdma * plan.all_to_alls(rank)
+    yield Row("  of it between nodes", _bytes(run.between_nodes, "all_to_all", "ep"), away)
+    messages = plan.message.times(plan.messages(rank))
+    yield Row("pp: messages", _bytes(run.sent, "send", "pp"), messages.total)
+    yield Row("  of them between nodes", _bytes(run.between_nodes, "send", "pp"), messages.rdma)
+    reduced = _bytes(run.sent, "reduce_scatter", "edp", "dp")
     yield Row("dp: reduce-scatter, fp32", reduced, replica.reduce_scatter.total)
-    gathered = _bytes(run, "all_gather", "edp", "dp")
+    gathered = _bytes(run.sent, "all_gather", "edp", "dp")
     yield Row("dp: all-gather, bf16", gathered, replica.all_gather.total)
     moved = exchange_bytes(rank_layout(plan.config, rank))
     index = run.at.edp * plan.topology.ep + run.at.ep
-    yield Row("dp: Muon's exchange", _bytes(run, "all_to_all", "edp", "dp"), moved[index])
+    yield Row("dp: Muon's exchange", _bytes(run.sent, "all_to_all", "edp", "dp"), moved[index])
 
 
-def _bytes(run: RankRun, operation: str, *groups: str) -> int:
-    return sum(run.sent[group].get(operation, 0) for group in groups)
+def _bytes(sent: Mapping[str, Mapping[str, int]], operation: str, *groups: str) -> int:
+    return sum(sent[group].get(operation, 0) for group in groups)

@@ -46,6 +46,16 @@ class LiveBytes:
             self.of[label] += size
         self._new.clear()
 
+    def give(self, tensor: Tensor, label: str) -> None:
+        """The storage of ``tensor`` is ``label``'s from now on, whoever's it was."""
+        address = tensor.untyped_storage()._cdata
+        size, before, gone = self._live[address]
+        if not before:
+            self._new.remove(address)
+        self._live[address] = size, label, gone
+        self.of[before] -= size
+        self.of[label] += size
+
     def _freed(self, address: int, gone: object) -> None:
         del gone
         size, label, _ = self._live.pop(address)

@@ -5,7 +5,9 @@ themselves are not given to torch.distributed. What a peer would send is known a
 it is what this rank would send in its place.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,11 +29,20 @@ class MirroredGroup(Group):
     """
 
     def __init__(
-        self, kind: str, ranks: Sequence[int], rank: int, received: Callable[[Tensor], None]
+        self,
+        kind: str,
+        ranks: Sequence[int],
+        rank: int,
+        received: Callable[[Tensor], None],
+        ranks_per_node: int,
     ) -> None:
         """The group of ``ranks``; ``received`` is told of every message's memory."""
         super().__init__(kind, ranks, ranks.index(rank), "mirrored", device=META)
         self._received = received
+        self._away = [other // ranks_per_node != rank // ranks_per_node for other in ranks]
+        self.between_nodes: Counter[str] = Counter()  # operation -> bytes of those sent
+        self._flying = 0
+        self.most_flying = 0  # bytes of all-to-alls that had not been waited for, in and out
 
     def all_to_all(
         self,
@@ -46,6 +57,11 @@ class MirroredGroup(Group):
         if output.shape[1:] != input.shape[1:] or output.dtype != input.dtype:
             raise ValueError(f"{name}: {_described(input)} cannot arrive in {_described(output)}")
         handle = super().all_to_all(output, input, output_splits, input_splits, name)
+        if self.size > 1:
+            rows = input_splits or [input.shape[0] // self.size] * self.size
+            leaving = sum(n for n, away in zip(rows, self._away, strict=True) if away)
+            self.between_nodes[name] += leaving * input[:1].nbytes
+            handle = self._in_flight(input.nbytes + output.nbytes)
         if self.size > 1 and not output.is_meta:
             # Everyone sends this rank what it sends to itself.
             own = input.chunk(self.size)[self.index]
@@ -60,9 +76,21 @@ class MirroredGroup(Group):
         _require_sizes("all_gather", output, input, self.size)
         return super().all_gather(output, input)
 
+    def send(self, tensor: Tensor, to: int) -> Handle:
+        self.between_nodes["send"] += tensor.nbytes * self._away[to]
+        return super().send(tensor, to)
+
     def receive(self, tensor: Tensor, source: int) -> Handle:
         self._received(tensor)
         return super().receive(tensor, source)
+
+    def _in_flight(self, size: int) -> Handle:
+        self._flying += size
+        self.most_flying = max(self.most_flying, self._flying)
+        return Handle(finish=partial(self._landed, size))
+
+    def _landed(self, size: int) -> None:
+        self._flying -= size
 
     def _start(
         self, name: str, call: Callable[[], Any], finish: Callable[[], None] | None = None
@@ -77,16 +105,27 @@ class MirroredGroup(Group):
             raise ValueError(f"{name}: {splits or self.size} do not split {rows} rows")
 
 
+class MirroredWorld(World):
+    """A world whose groups are mirrored."""
+
+    def mirrored(self) -> list[MirroredGroup]:
+        """All of them."""
+        groups = (self.ep, self.pp, self.edp, self.dp, self.everyone)
+        return [group for group in groups if isinstance(group, MirroredGroup)]
+
+
 def mirrored_world(
-    parallel: ParallelConfig, rank: int, received: Callable[[Tensor], None]
-) -> World:
+    parallel: ParallelConfig, rank: int, received: Callable[[Tensor], None], ranks_per_node: int
+) -> MirroredWorld:
     """The world of ``parallel`` as ``rank`` sees it, on device meta."""
     topology = Topology.of_config(parallel)
-    groups = {
-        kind: MirroredGroup(kind, topology.group(kind, rank), rank, received) for kind in KINDS
-    }
-    everyone = MirroredGroup("world", range(topology.world), rank, received)
-    return World(
+
+    def group(kind: str, ranks: Sequence[int]) -> MirroredGroup:
+        return MirroredGroup(kind, ranks, rank, received, ranks_per_node)
+
+    groups = {kind: group(kind, topology.group(kind, rank)) for kind in KINDS}
+    everyone = group("world", range(topology.world))
+    return MirroredWorld(
         topology,
         rank,
         META,

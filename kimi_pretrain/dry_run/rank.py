@@ -16,6 +16,7 @@ from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.data.batches import Batch
 from kimi_pretrain.dry_run.memory import LiveBytes
 from kimi_pretrain.dry_run.mirrored import mirrored_world
+from kimi_pretrain.dry_run.put_off import watch_products
 from kimi_pretrain.dry_run.step import DryStep
 from kimi_pretrain.dry_run.unknown import Unknown
 from kimi_pretrain.parallel.topology import Coordinates
@@ -38,10 +39,13 @@ class RankRun:
     optimizer: int
     kept: dict[int, int]  # stage -> what a forward leaves there for its backward
     resting: int  # what all forwards have left, between two actions, at its most
+    until_w: int  # gradients of outputs that weight gradients wait with, likewise
+    flying: int  # rows of all-to-alls between experts that were on their way, in and out, likewise
     moving: int  # all that is alive at the end of a phase beside what is always there, likewise
     peak: int  # all that is alive, temporaries of operations included, likewise
     host: int  # of offloaded activations, likewise
     sent: dict[str, dict[str, int]]  # group -> operation -> bytes
+    between_nodes: dict[str, dict[str, int]]  # of what has one receiver, likewise
     calls: dict[str, dict[str, int]]  # likewise: how often
     nodes: int  # of the schedule
     operations: int  # of torch
@@ -122,8 +126,10 @@ def dry_run_rank(config: Config, rank: int) -> RankRun:
     memory = LiveBytes()
     watch = _Watch(memory)
     with Unknown(memory) as mode:
-        world = mirrored_world(config.parallel, rank, watch.received)
+        per_node = config.cluster.gpus_per_node
+        world = mirrored_world(config.parallel, rank, watch.received, per_node)
         step = DryStep.open(config, torch.bfloat16, world)
+        put_off = watch_products(step.model, step.executor.deferral, memory)
         schedule, here = step.executor.schedule, world.pp.index
         message = micro_batch_size(config) * config.data.sequence_length
         message *= config.model.hidden_size * torch.bfloat16.itemsize
@@ -137,7 +143,7 @@ def dry_run_rank(config: Config, rank: int) -> RankRun:
     buckets = optimizer.buffers.buckets
     offloader = step.executor.activations.offloader
     slab = None if offloader is None else offloader.slab.spans
-    groups = (world.ep, world.pp, world.edp, world.dp, world.everyone)
+    groups = {group.kind: group for group in world.mirrored()}
     return RankRun(
         rank=rank,
         at=world.topology.coordinates(rank),
@@ -152,11 +158,14 @@ def dry_run_rank(config: Config, rank: int) -> RankRun:
             for stage, made in watch.kept.items()
         },
         resting=watch.resting,
+        until_w=put_off.most,
+        flying=groups["ep"].most_flying,
         moving=watch.moving,
         peak=memory.peak - (0 if slab is None else slab.capacity),
         host=0 if slab is None else slab.most_used,
-        sent={group.kind: dict(group.traffic.sent) for group in groups},
-        calls={group.kind: dict(group.traffic.calls) for group in groups},
+        sent={kind: dict(group.traffic.sent) for kind, group in groups.items()},
+        between_nodes={kind: dict(group.between_nodes) for kind, group in groups.items()},
+        calls={kind: dict(group.traffic.calls) for kind, group in groups.items()},
         nodes=len(schedule.ranks[here]),
         operations=mode.operations,
         clipped=int(optimizer.qk_clip_metrics["number_clipped"] or 0),

@@ -23,23 +23,8 @@ from kimi_pretrain.ops.main_grad import (
     delivered,
     main_gradient,
 )
+from kimi_pretrain.ops.runs import CALL_FLOPS, Run, cheapest_runs
 from kimi_pretrain.ops.saved import named
-
-# What a call costs beside its arithmetic, as arithmetic a core does in that time.
-_CALL_FLOPS = {torch.bfloat16: 4e6, torch.float32: 1e6, torch.float64: 5e5}
-_LONGEST_RUN = 16
-# Rows of a padded group are a multiple of this: odd sizes slow bf16 products down.
-_ROW_MULTIPLE = 8
-
-
-@dataclass(frozen=True)
-class Run:
-    """Groups ``first .. last - 1``, each with ``rows`` rows, multiplied together."""
-
-    first: int
-    last: int
-    rows: int
-
 
 Runs = tuple[Run, ...]
 
@@ -67,8 +52,9 @@ def group_layout(
         dtype: of the rows; fast arithmetic makes calls dear.
         device: of the rows.
     """
-    runs = tuple(_cheapest_runs(sizes, _CALL_FLOPS[dtype] / flops_per_row))
-    total = sum((run.last - run.first) * run.rows for run in runs)
+    call_flops = CALL_FLOPS[str(dtype).removeprefix("torch.")]
+    runs = cheapest_runs(sizes, call_flops / flops_per_row)
+    total = sum(run.total for run in runs)
     if total == sum(sizes):
         return GroupLayout(runs, total, None)
     shifts, start, padded = [], 0, 0  # of each group: padded start minus start
@@ -214,27 +200,3 @@ def _runs(runs: Runs, a: Tensor, b: Tensor) -> Iterator[tuple[Run, Tensor, Tenso
             shape = (groups, run.rows, -1)
             yield run, a[start:stop].view(shape), b[start:stop].view(shape)
         start = stop
-
-
-def _cheapest_runs(sizes: Sequence[int], call_rows: float) -> list[Run]:
-    """Runs of least total cost, a call counting as much as ``call_rows`` rows.
-
-    Dynamic programming over the end of the last run.
-    """
-    groups = len(sizes)
-    cost = [0.0] + [float("inf")] * groups
-    start = [0] * (groups + 1)
-    height = [0] * (groups + 1)  # rows of the run that ends here
-    for first in range(groups):
-        largest, base = 0, cost[first] + call_rows
-        for last in range(first + 1, min(groups, first + _LONGEST_RUN) + 1):
-            largest = max(largest, sizes[last - 1])
-            rows = largest if last == first + 1 else largest + -largest % _ROW_MULTIPLE
-            total = base + rows * (last - first)
-            if total < cost[last]:
-                cost[last], start[last], height[last] = total, first, rows
-    runs, last = [], groups
-    while last:
-        runs.append(Run(start[last], last, height[last]))
-        last = start[last]
-    return runs[::-1]

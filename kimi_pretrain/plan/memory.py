@@ -7,7 +7,7 @@ from math import ceil
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.parallel.topology import Topology
-from kimi_pretrain.pipeline.actions import Overlap
+from kimi_pretrain.pipeline.actions import COMPUTE, leaves
 from kimi_pretrain.plan.activations import Setting, stage_kept
 from kimi_pretrain.plan.communication import ROW_BYTES
 from kimi_pretrain.plan.hardware import Hardware
@@ -18,6 +18,7 @@ from kimi_pretrain.plan.layout_report import (
     STATE_BYTES,
     LayoutReport,
 )
+from kimi_pretrain.plan.operations import INT64
 from kimi_pretrain.plan.run_schedule import RunSchedule
 from kimi_pretrain.plan.totals import ModelTotals
 
@@ -56,7 +57,7 @@ class RankMemory:
     # what forwards keep for backwards and a backward computes again or widens, at its most
     activations: float
     weight_gradients: float  # what waits between I and W, or within one layer's backward
-    communication: float  # rows, activations and gradients on their way
+    communication: float  # rows, activations and gradients on their way, the step's tokens
     reserved: float  # CUDA, NCCL, libraries
     fragmentation: float
     microbatches: int  # (stage, microbatch) kept on the device at its most
@@ -155,11 +156,33 @@ def host_slab(config: Config, most: float) -> float:
     return HOST_MARGIN * most if size is None else float(size)
 
 
+def flying_rows(config: Config, run: RunSchedule, rank: int) -> float:
+    """Bytes of rows to and from experts that are on their way at once, balanced: those sent and
+    those arriving, twice where both of a pair have experts."""
+    if config.parallel.ep == 1:
+        return 0.0
+    dense, size = config.model.first_k_dense_replace, micro_batch_size(config)
+    routes = [layers.stop > max(layers.start, dense) for layers in run.layers]
+    at_once = max(
+        sum(routes[leaf.stage] for leaf in leaves(node) if leaf.kind in COMPUTE)
+        for node in run.schedule.ranks[rank]
+    )
+    rows = 2 * at_once * config.model.num_experts_per_tok * size * config.data.sequence_length
+    return float(ROW_BYTES * config.model.hidden_size * rows)
+
+
 def _flying(config: Config, setting: Setting, run: RunSchedule, rank: int) -> float:
-    """Rows sent and arriving, twice where pairs overlap; messages both ways; a bucket's sums."""
-    width, parallel = ROW_BYTES * config.model.hidden_size, config.parallel
-    pairs = any(isinstance(node, Overlap) for node in run.schedule.ranks[rank])
-    rows = 2 * (1 + pairs) * config.model.num_experts_per_tok * (parallel.ep > 1)
-    messages = 4 * (parallel.pp > 1)  # one each way, sent and received
+    """Rows to experts; messages both ways; a bucket's sums; the step's tokens and labels.
+
+    On one rank rows go from phase to phase all the same, and the gradient from layer to layer.
+    """
+    parallel, model = config.parallel, config.model
+    row = ROW_BYTES * model.hidden_size * setting.tokens
+    rows = flying_rows(config, run, rank)
+    if parallel.ep == 1:
+        rows = float(row * model.num_experts_per_tok)
+    messages = 4 if parallel.pp > 1 else 1  # one each way, sent and received
     shards = GRADIENT_BYTES * ceil(parallel.bucket_elements) * (parallel.dp > 1)
-    return float(setting.tokens * width * (rows + messages) + shards)
+    sequences = config.schedule.global_batch_size // parallel.dp
+    batch = 2 * INT64 * sequences * config.data.sequence_length
+    return rows + float(row * messages + shards + batch)

@@ -8,9 +8,11 @@ Tests walk real layers and real ranks against it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from kimi_pretrain.config.activation import Policy, policies
 from kimi_pretrain.config.schema import Config, ModelConfig
+from kimi_pretrain.ops.runs import CALL_FLOPS, cheapest_runs
 from kimi_pretrain.plan.flops import head_is_cut
 
 BF16, FP32, INT64, FP64 = 2, 4, 8, 8
@@ -31,6 +33,7 @@ class Setting:
     travels: bool  # rows go to experts on other ranks
     sequence: int  # tokens
     sequences: int  # of a microbatch
+    padding: float = 1.0  # rows that experts multiply over those that they get
     load: float = 1.0  # rows that this rank's experts get, over those of balanced routing
 
     @classmethod
@@ -40,13 +43,18 @@ class Setting:
         Raises:
             ConfigError: an unknown activation policy.
         """
+        model, length = config.model, config.data.sequence_length
+        rows = length * micro_batch_size * model.num_experts_per_tok
+        experts = model.n_routed_experts // config.parallel.ep
+        width = model.moe_intermediate_size * model.hidden_size
         return cls(
-            config.model,
+            model,
             policies(config.activation),
             config.parallel.router_weights == "before_down",
             config.parallel.ep > 1,
-            config.data.sequence_length,
+            length,
             micro_batch_size,
+            padding_of(rows, experts, width),
         )
 
     @property
@@ -58,6 +66,23 @@ class Setting:
     def rows(self) -> float:
         """At this rank's experts, for each of its own tokens."""
         return self.model.num_experts_per_tok * self.load
+
+
+@cache
+def padding_of(rows: int, experts: int, width: int) -> float:
+    """Rows that are multiplied in bf16 over the ``rows`` that ``experts`` get, evenly.
+
+    Experts of a handful of rows are multiplied together, as wide as the widest (ops/runs.py).
+
+    Args:
+        rows: of all experts of a rank.
+        experts: of a rank.
+        width: elements of one of an expert's three matrices.
+    """
+    even, more = divmod(rows, experts)
+    sizes = [even] * (experts - more) + [even + 1] * more
+    runs = cheapest_runs(sizes, CALL_FLOPS["bfloat16"] / (3 * width))
+    return sum(run.total for run in runs) / rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,10 +218,13 @@ def _mlp(setting: Setting, hidden: Stored, width: int) -> Segment:
 
 def _experts(setting: Setting, hidden: Stored) -> Segment:
     """Routed experts, then shared ones."""
-    model, rows = setting.model, setting.rows
+    model, rows = setting.model, setting.rows * setting.padding
     width = rows * model.moe_intermediate_size
     gate_up = Stored("swiglu_in", BF16 * 2 * width)
+    # where each row lies among padded ones
+    places = Stored("route", INT64 * setting.rows * (setting.padding > 1.0))
     operations = [
+        Operation((places,)),
         _product(Stored("expert_up_in", BF16 * rows * model.hidden_size), 2 * width),
         Operation((gate_up,)),
     ]

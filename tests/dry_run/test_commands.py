@@ -1,13 +1,16 @@
 """`kimi-pretrain plan --dry-run` as a person uses it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from kimi_pretrain.cli import main
 from kimi_pretrain.config import compose
 from kimi_pretrain.dry_run import commands
-from kimi_pretrain.dry_run.compare import Row
+from kimi_pretrain.dry_run.compare import Row, compare
+from kimi_pretrain.dry_run.rank import dry_run_rank
+from kimi_pretrain.plan.run_plan import plan_run
 
 NANO = ["plan", "--dry-run", "experiment=k2_nano_cpu", "cluster=cpu"]
 
@@ -49,6 +52,15 @@ def test_a_row_agrees_to_a_percent(counted: int, bound: bool, agrees: bool) -> N
     """Catches a bound that is exceeded, or a quantity that may be anything below the plan."""
     assert Row("bytes", counted, 100, bound).agrees is agrees
     assert not Row("bytes", 1, 0).agrees
+
+
+def test_a_stage_without_a_count_is_a_difference() -> None:
+    """Catches a stage that was not looked at and whose row is left out."""
+    config = compose([*NANO[2:], "parallel.pp=2", "parallel.schedule=1f1b"])
+    plan, run = plan_run(config), dry_run_rank(config, 1)
+    assert all(row.agrees for row in compare(plan, run))
+    differing = [row for row in compare(plan, replace(run, kept={})) if not row.agrees]
+    assert [row.what for row in differing] == ["a microbatch keeps, stage 1"]
 
 
 @pytest.mark.parametrize(

@@ -45,3 +45,19 @@ def test_new_memory_belongs_to_whom_it_is_given() -> None:
     assert (memory.of["a"], memory.of["b"], memory.of[""]) == (40, 120, 0)
     del first
     assert (memory.of["a"], memory.now) == (0, 120)
+
+
+def test_memory_that_is_given_away_is_no_one_else_s() -> None:
+    """Catches a gradient that waits counted as its phase's too, or as new once it is freed."""
+    memory = LiveBytes()
+    made, new = (torch.empty(n, device="meta") for n in (10, 20))
+    memory.show(made)
+    memory.label("a phase")
+    memory.show(new)
+    for tensor in (made, new):
+        memory.give(tensor, "until W")
+    memory.label("the next phase")
+    assert memory.of["until W"] == 120
+    assert memory.of["a phase"] == memory.of["the next phase"] == memory.of[""] == 0
+    del made, new, tensor
+    assert (memory.of["until W"], memory.now) == (0, 0)

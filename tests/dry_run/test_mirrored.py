@@ -9,7 +9,7 @@ from kimi_pretrain.dry_run.mirrored import MirroredGroup, mirrored_world
 
 
 def group(size: int = 4, rank: int = 1) -> MirroredGroup:
-    return MirroredGroup("ep", range(size), rank, lambda buffer: None)
+    return MirroredGroup("ep", range(size), rank, lambda buffer: None, 2)
 
 
 def unknown(*shape: int) -> Tensor:
@@ -18,7 +18,7 @@ def unknown(*shape: int) -> Tensor:
 
 def test_a_world_is_the_ranks_own() -> None:
     """Catches groups of another rank, which have its neighbours and its shard."""
-    world = mirrored_world(ParallelConfig(pp=2, ep=4, dp=8), 13, lambda buffer: None)
+    world = mirrored_world(ParallelConfig(pp=2, ep=4, dp=8), 13, lambda buffer: None, 8)
     assert (world.ep.ranks, world.ep.index) == ((12, 13, 14, 15), 1)
     assert (world.pp.ranks, world.pp.index) == ((9, 13), 1)
     assert (world.dp.size, world.dp.index) == (8, 5)
@@ -57,3 +57,25 @@ def test_splits_and_sizes_that_do_not_fit_are_refused() -> None:
         ep.reduce_scatter(unknown(2), unknown(9))
     with pytest.raises(ValueError, match="is not 4 times"):
         ep.all_gather(unknown(8), unknown(3))
+
+
+def test_bytes_to_other_nodes_are_told_apart() -> None:
+    """Catches NVLink's bytes counted as RDMA's, and rows to a peer counted by even parts."""
+    ep = group()  # rank 1 of 4, two a node
+    ep.all_to_all(unknown(8, 5), unknown(6, 5), [1, 2, 2, 3], [0, 2, 1, 3]).wait()
+    ep.all_to_all(unknown(8, 5), unknown(8, 5), name="even").wait()
+    ep.send(unknown(3), 0).wait()
+    ep.send(unknown(7), 3).wait()
+    assert ep.between_nodes == {"all_to_all": 4 * 5 * 4, "even": 4 * 5 * 4, "send": 28}
+
+
+def test_rows_fly_until_they_are_waited_for() -> None:
+    """Catches all-to-alls of a pair that are not counted together, or one that never lands."""
+    ep = group()
+    first = ep.all_to_all(unknown(4), unknown(4))
+    second = ep.all_to_all(unknown(8), unknown(8))
+    first.wait()
+    first.wait()
+    ep.all_to_all(unknown(4), unknown(4)).wait()
+    second.wait()
+    assert ep.most_flying == 2 * (16 + 32)
