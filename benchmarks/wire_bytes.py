@@ -65,7 +65,7 @@ class Counted:
     expected: Expected
     parameters: int  # elements that this rank holds
     padding: int  # elements that stand for no parameter
-    lent: int  # bytes of expert matrices that Newton-Schulz takes elsewhere, there and back
+    lent: float  # bytes of expert matrices that Newton-Schulz takes elsewhere, there and back
     wire: list[int]  # [steps] bytes that all ranks sent, on the interface
     own: list[dict[str, int]]  # [steps] bytes that this rank sent, by group and operation
 
@@ -78,16 +78,17 @@ def expected(layout: Layout) -> Expected:
     return Expected(4 * travelling, 2 * travelling, 4 * flat / dp * (dp - 1) / dp)
 
 
-def lent_bytes(layout: Layout, ep_index: int) -> int:
-    """Bytes a rank, on average over its replicas, of whole matrices lent to another and back."""
+def lent_bytes(layout: Layout) -> float:
+    """Bytes a rank, on average over dp, of whole matrices lent to another and back."""
     total = 0
     for bucket in layout.buckets:
         if bucket.kind == "aligned":
-            for number, matrix in enumerate(bucket.matrices):
-                holder = matrix.offset // bucket.shard
-                if bucket.owner(number, ep_index) != holder:
-                    total += 2 * 2 * matrix.rows * matrix.cols // bucket.ranks
-    return total
+            for ep_index, owners in enumerate(bucket.owners):
+                for matrix, owner in zip(bucket.matrices, owners, strict=True):
+                    holder = matrix.offset // bucket.shard
+                    if owner != bucket.dp_rank(holder, ep_index, layout.ep):
+                        total += 2 * 2 * matrix.rows * matrix.cols
+    return total / layout.dp
 
 
 def random_batch(config: Config, rank: int, sequences: int, length: int) -> Batch:
@@ -125,7 +126,7 @@ def train_as_rank(overrides: tuple[str, ...], steps: int) -> Counted:
         wire.append(bytes_of(counted, world.everyone.barrier))
     layout = step.optimizer.buffers.layout
     held = sum(p.numel() for _, p in step.model.named_parameters())
-    lent = lent_bytes(layout, world.ep.index)
+    lent = lent_bytes(layout)
     world.close()
     padding = sum(bucket.padding for bucket in layout.buckets)
     return Counted(expected(layout), held, padding, lent, wire, own)

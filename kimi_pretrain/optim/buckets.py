@@ -92,8 +92,8 @@ class Bucket:
     kind: str
     slots: tuple[Slot, ...]
     size: int  # elements, the padding at the end included; a multiple of ranks
-    # For each matrix the rank of the group that orthogonalises it. Group edp exists once for
-    # each ep index and has a row for each; dp has one row; of adamw there is none.
+    # For each matrix the dp rank that orthogonalises it. Group edp exists once for each ep index
+    # and has a row for each; dp has one row; of adamw there is none.
     owners: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
@@ -139,9 +139,9 @@ class Bucket:
             for rank in range(start // shard, (stop - 1) // shard + 1)
         )
 
-    def owner(self, matrix: int, ep_index: int) -> int:
-        """The rank, in the group of this ep index, that orthogonalises matrix number ``matrix``."""
-        return self.owners[ep_index if self.group == "edp" else 0][matrix]
+    def dp_rank(self, rank: int, ep_index: int, ep: int) -> int:
+        """The dp rank of the group's ``rank``; of group edp, in the one of this ep index."""
+        return rank * ep + ep_index if self.group == "edp" else rank
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,15 @@
 A matrix that lies whole in a shard is its holder's. A matrix that is cut over shards goes to
 whoever has least to do, the costliest first (longest processing time first). In K2 that alone
 is not even: one o_proj costs half as much as the 36 expert matrices of a rank at 2,048. So a
-rank with too much then lends whole expert matrices to the replicas of its shard, who hold
-nothing of them and send their update back.
+rank with too much then lends whole expert matrices to the ranks of its stage with least, who
+need not be replicas of its experts: they hold nothing of them and send their update back.
 
 Pure, and decided by integers only: every rank finds the same owners.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from heapq import heapify, heappop, heappush
 
 from kimi_pretrain.optim.buckets import Bucket, Layout
 
@@ -40,10 +41,9 @@ def work(layout: Layout, steps: int = 5, cost: Cost = newton_schulz_flops) -> li
     """What Newton-Schulz costs each dp rank: FLOPs of ``steps`` steps on what it owns."""
     total = [0] * layout.dp
     for bucket in layout.buckets:
-        for ep_index, row in enumerate(bucket.owners):
+        for row in bucket.owners:
             for matrix, owner in zip(bucket.matrices, row, strict=True):
-                rank = _dp_rank(bucket, owner, ep_index, layout.ep)
-                total[rank] += steps * cost(matrix.rows, matrix.cols)
+                total[owner] += steps * cost(matrix.rows, matrix.cols)
     return total
 
 
@@ -53,24 +53,30 @@ def imbalance(layout: Layout, cost: Cost = newton_schulz_flops) -> float:
     return max(loads) * len(loads) / sum(loads) if any(loads) else 1.0
 
 
-def _dp_rank(bucket: Bucket, owner: int, ep_index: int, ep: int) -> int:
-    return owner * ep + ep_index if bucket.group == "edp" else owner
+def lent(layout: Layout) -> int:
+    """Expert matrices of the stage that another rank than their holder orthogonalises."""
+    return sum(
+        owner != bucket.dp_rank(matrix.offset // bucket.shard, ep_index, layout.ep)
+        for bucket in layout.buckets
+        if bucket.group == "edp"
+        for ep_index, owners in enumerate(bucket.owners)
+        for matrix, owner in zip(bucket.matrices, owners, strict=True)
+    )
 
 
 class _Assignment:
     """Owners while they are being chosen."""
 
     def __init__(self, buckets: Sequence[Bucket], edp: int, ep: int) -> None:
-        self.edp, self.ep = edp, ep
+        self.ep = ep
         self.given = buckets
         self.load = [0] * (edp * ep)
-        self.rows: list[list[list[int]]] = []
-        for bucket in buckets:
-            self.rows.append(self._holders(bucket))
+        self.rows = [self._holders(bucket) for bucket in buckets]
+        # A heap of (load, rank): each rank's present load, and older ones that are passed over.
+        self.idle = [(load, rank) for rank, load in enumerate(self.load)]
+        heapify(self.idle)
         self._spread_flat()
-        limit = LEND_ABOVE * sum(self.load) / len(self.load)
-        for ep_index in range(ep):
-            self._lend(ep_index, limit)
+        self._lend(LEND_ABOVE * sum(self.load) / len(self.load))
 
     def buckets(self) -> tuple[Bucket, ...]:
         return tuple(
@@ -84,21 +90,17 @@ class _Assignment:
             return []
         if bucket.kind == "flat":
             return [[-1] * len(bucket.matrices)]
-        holders = [matrix.offset // bucket.shard for matrix in bucket.matrices]
-        rows = self.ep if bucket.group == "edp" else 1
-        for ep_index in range(rows):
-            for matrix, holder in zip(bucket.matrices, holders, strict=True):
-                rank = _dp_rank(bucket, holder, ep_index, self.ep)
+        rows = [
+            [bucket.dp_rank(m.offset // bucket.shard, ep_index, self.ep) for m in bucket.matrices]
+            for ep_index in range(self.ep if bucket.group == "edp" else 1)
+        ]
+        for row in rows:
+            for matrix, rank in zip(bucket.matrices, row, strict=True):
                 self.load[rank] += newton_schulz_flops(matrix.rows, matrix.cols)
-        return [list(holders) for _ in range(rows)]
+        return rows
 
     def _spread_flat(self) -> None:
-        """Cut matrices, the costliest first, each to the rank with least to do.
-
-        Of equals the one whose edp group has least: costly ones then land in different
-        groups, and each group has replicas enough to lend to.
-        """
-        column = [sum(self.load[ep_index :: self.ep]) for ep_index in range(self.ep)]
+        """Cut matrices, the costliest first, each to the rank with least to do."""
         queue = [
             (newton_schulz_flops(matrix.rows, matrix.cols), number, index)
             for number, bucket in enumerate(self.given)
@@ -106,51 +108,57 @@ class _Assignment:
             for index, matrix in enumerate(bucket.matrices)
         ]
         for cost, number, index in sorted(queue, key=lambda item: -item[0]):
-            rank = min(range(len(self.load)), key=lambda r: (self.load[r], column[r % self.ep], r))
+            rank = self._least()
             self.rows[number][0][index] = rank
-            self.load[rank] += cost
-            column[rank % self.ep] += cost
+            self._add(rank, cost)
 
-    def _lend(self, ep_index: int, limit: float) -> None:
-        """Lend expert matrices within one edp group until nobody is above ``limit`` or can.
+    def _lend(self, limit: float) -> None:
+        """Lend expert matrices until nobody is above ``limit`` or can.
 
-        The least load of the group never falls meanwhile, so who cannot lend now never can.
+        The least load never falls meanwhile, so who cannot lend now never can.
         """
-        own = self._lendable(ep_index)
-        ranks = range(ep_index, len(self.load), self.ep)
-        candidates = set(ranks)
-        while candidates:
-            busy = max(candidates, key=lambda r: (self.load[r], -r))
-            if self.load[busy] <= limit:
-                return
-            least = min(ranks, key=lambda r: (self.load[r], r))
-            gap = self.load[busy] - self.load[least]
+        own = self._lendable()
+        busiest = [(-load, rank) for rank, load in enumerate(self.load)]
+        heapify(busiest)
+        while busiest and -busiest[0][0] > limit:
+            load, busy = heappop(busiest)
+            least = self._least()
+            gap = -load - self.load[least]
             # the pair's maximum after lending a matrix of this cost
-            choices = {max(gap - cost, cost): cost for cost in own[busy // self.ep] if cost < gap}
-            if not choices:
-                candidates.remove(busy)
-                continue
+            choices = {max(gap - cost, cost): cost for cost in own[busy] if cost < gap}
+            if -load != self.load[busy] or not choices:
+                continue  # an older load, or one that stays
             cost = choices[min(choices)]
-            stack = own[busy // self.ep][cost]
-            number, index = stack.pop()
-            if not stack:
-                del own[busy // self.ep][cost]
-            self.rows[number][ep_index][index] = least // self.ep
-            self.load[busy] -= cost
-            self.load[least] += cost
+            number, ep_index, index = own[busy][cost].pop()
+            if not own[busy][cost]:
+                del own[busy][cost]
+            self.rows[number][ep_index][index] = least
+            for rank, more in ((busy, -cost), (least, cost)):
+                self._add(rank, more)
+                heappush(busiest, (-self.load[rank], rank))
 
-    def _lendable(self, ep_index: int) -> list[dict[int, list[tuple[int, int]]]]:
-        """For each edp rank of a group: cost -> its expert matrices (bucket, index).
+    def _add(self, rank: int, cost: int) -> None:
+        self.load[rank] += cost
+        heappush(self.idle, (self.load[rank], rank))
+
+    def _least(self) -> int:
+        """The rank with least to do, of several the first."""
+        while self.idle[0][0] != self.load[self.idle[0][1]]:
+            heappop(self.idle)
+        return self.idle[0][1]
+
+    def _lendable(self) -> list[dict[int, list[tuple[int, int, int]]]]:
+        """For each rank: cost -> its expert matrices (bucket, ep index, index).
 
         The last of a list is lent first: it is of the bucket that backward finishes first.
         """
-        own: list[dict[int, list[tuple[int, int]]]] = [{} for _ in range(self.edp)]
+        own: list[dict[int, list[tuple[int, int, int]]]] = [{} for _ in self.load]
         for number in reversed(range(len(self.given))):
             bucket = self.given[number]
             if bucket.group != "edp" or bucket.kind != "aligned":
                 continue
-            for index, holder in enumerate(self.rows[number][ep_index]):
-                matrix = bucket.matrices[index]
-                cost = newton_schulz_flops(matrix.rows, matrix.cols)
-                own[holder].setdefault(cost, []).append((number, index))
+            for ep_index, row in enumerate(self.rows[number]):
+                for index, (matrix, holder) in enumerate(zip(bucket.matrices, row, strict=True)):
+                    cost = newton_schulz_flops(matrix.rows, matrix.cols)
+                    own[holder].setdefault(cost, []).append((number, ep_index, index))
         return own

@@ -114,7 +114,6 @@ def build_sharded(
         layout,
         {"edp": world.edp, "dp": world.dp, "everyone": world.everyone},
         settings,
-        ep_index=world.ep.index,
         first_expert=model.experts.start,
     )
     for chunk in model.chunks.values():

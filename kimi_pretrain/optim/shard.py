@@ -8,7 +8,7 @@ the gradients' and the parameters' way.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -20,21 +20,25 @@ from kimi_pretrain.optim.muon_update import Stack, muon_
 from kimi_pretrain.optim.orthogonalize import newton_schulz
 from kimi_pretrain.optim.piece import NamedRange
 from kimi_pretrain.optim.settings import Settings
-from kimi_pretrain.parallel.collectives import Handle
+from kimi_pretrain.parallel.collectives import Group, Handle
 
+_Key = tuple[int, int]  # ep index and number of a matrix
 NORM_ELEMENTS = 2**22  # a norm in float64 copies what it reads, on a CPU: not all at once
 
 
 class Shard:
     """State and update of one bucket's part on this rank."""
 
-    def __init__(self, buffers: BucketBuffers, ep_index: int, settings: Settings) -> None:
+    def __init__(self, buffers: BucketBuffers, dp: Group, ep: int, settings: Settings) -> None:
+        """The shard that ``buffers`` has here; matrices travel over ``dp``, of which ``ep`` ranks
+        have different experts."""
         self.buffers, self.bucket, self.settings = buffers, buffers.bucket, settings
+        self._dp = dp
         self.exchange: Exchange | None = None
         kinds: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
         if self.bucket.kind != "adamw":
             kinds = ("momentum",)
-            self.exchange = plan_exchange(self.bucket, buffers.group.index, ep_index)
+            self.exchange = plan_exchange(self.bucket, dp.index, ep)
         dtype = buffers.gradients.dtype
         own = buffers.parameter_shard
         # Where parameters are wide themselves they are their own master.
@@ -45,7 +49,7 @@ class Shard:
 
     @property
     def travels(self) -> bool:
-        """Whether any rank of the group sends a part of a matrix to another."""
+        """Whether any rank sends a part of one of the bucket's matrices to another."""
         return self.exchange is not None and self.exchange.moves
 
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
@@ -75,7 +79,7 @@ class Shard:
         out = torch.cat(leaving) if leaving else self.master.new_empty(0, dtype=dtype)
         self._arrived = out.new_empty(_total(self.exchange.receive))
         self._returned = out
-        self._flight = self.buffers.group.all_to_all(
+        self._flight = self._dp.all_to_all(
             self._arrived, out, _sizes(self.exchange.receive), _sizes(self.exchange.send)
         )
 
@@ -83,20 +87,20 @@ class Shard:
         """Newton-Schulz of what arrived, and its departure to where it came from."""
         assert self.exchange is not None
         self._flight.wait()
-        parts: dict[int, list[tuple[slice, Segment]]] = defaultdict(list)
+        parts: dict[_Key, list[tuple[slice, Segment]]] = defaultdict(list)
         position = 0
         for source in self.exchange.receive:
             for segment in source:
                 here = slice(position, position + segment.stop - segment.start)
-                parts[segment.matrix].append((here, segment))
+                parts[segment.ep_index, segment.matrix].append((here, segment))
                 position = here.stop
-        for (rows, cols), numbers in self._by_shape(parts).items():
-            stack = self._arrived.new_empty(len(numbers), rows * cols)
+        for (rows, cols), keys in self._by_shape(parts).items():
+            stack = self._arrived.new_empty(len(keys), rows * cols)
             places = [
                 (row, slice(s.start - offset, s.stop - offset), here)
-                for row, number in zip(stack, numbers, strict=True)
-                for offset in [self.bucket.matrices[number].offset]
-                for here, s in parts[number]
+                for row, key in zip(stack, keys, strict=True)
+                for offset in [self.bucket.matrices[key[1]].offset]
+                for here, s in parts[key]
             ]
             for row, there, here in places:
                 row[there] = self._arrived[here]
@@ -106,7 +110,7 @@ class Shard:
             stack.copy_(result.view_as(stack))
             for row, there, here in places:
                 self._arrived[here] = row[there]
-        self._flight = self.buffers.group.all_to_all(
+        self._flight = self._dp.all_to_all(
             self._returned,
             self._arrived,
             _sizes(self.exchange.send),
@@ -180,13 +184,11 @@ class Shard:
             )
         return stacks
 
-    def _by_shape(
-        self, numbers: dict[int, list[tuple[slice, Segment]]]
-    ) -> dict[tuple[int, int], list[int]]:
-        shapes: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for number in sorted(numbers):
-            matrix = self.bucket.matrices[number]
-            shapes[matrix.rows, matrix.cols].append(number)
+    def _by_shape(self, keys: Iterable[_Key]) -> dict[tuple[int, int], list[_Key]]:
+        shapes: dict[tuple[int, int], list[_Key]] = defaultdict(list)
+        for key in sorted(keys):
+            matrix = self.bucket.matrices[key[1]]
+            shapes[matrix.rows, matrix.cols].append(key)
         return shapes
 
     def _within(self, start: int, stop: int) -> slice:

@@ -42,7 +42,6 @@ class ShardedMuonClip:
         layout: Layout,
         groups: Mapping[str, Group],
         settings: Settings,
-        ep_index: int = 0,
         first_expert: int = 0,
     ) -> None:
         """Take over the parameters, whose memory moves into flat buffers.
@@ -52,14 +51,15 @@ class ShardedMuonClip:
             layout: of this rank's pipeline stage.
             groups: "edp", "dp", and "everyone": over whose shards a norm is summed.
             settings: hyperparameters.
-            ep_index: of this rank.
             first_expert: index of the first routed expert that this rank holds.
         """
         self.settings = settings
         self.everyone = groups["everyone"]
         self.first_expert = first_expert
         self.buffers = ShardedBuffers(named_parameters, layout, groups)
-        self.shards = [Shard(buffers, ep_index, settings) for buffers in self.buffers.buckets]
+        self.shards = [
+            Shard(buffers, groups["dp"], layout.ep, settings) for buffers in self.buffers.buckets
+        ]
         self.steps = 0
         self.last_clipped_step: int | None = None
         self._rows = {

@@ -11,7 +11,7 @@ from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.optim.buckets import Bucket, Layout, Spec
 from kimi_pretrain.optim.layout import plan_layout
-from kimi_pretrain.optim.ownership import newton_schulz_flops, work
+from kimi_pretrain.optim.ownership import lent, newton_schulz_flops, work
 from kimi_pretrain.parallel.topology import Topology
 from kimi_pretrain.plan.run_schedule import rank_stages
 from kimi_pretrain.plan.shapes import stage_specs
@@ -182,7 +182,7 @@ def _stage_report(
         exchange_bytes_mean=sum(sent) / len(sent),
         exchange_bytes_most=max(sent),
         expert_matrices=layout.ep * sum(len(b.matrices) for b in experts),
-        expert_matrices_lent=_lent(experts),
+        expert_matrices_lent=lent(layout),
         newton_schulz=_work(layout),
         owners=_owners(dense),
     )
@@ -195,25 +195,16 @@ def exchange_bytes(layout: Layout) -> list[int]:
         for ep_index, owners in enumerate(bucket.owners):
             for matrix, owner in zip(bucket.matrices, owners, strict=True):
                 for part in bucket.parts(matrix.offset, matrix.stop):
-                    if part.rank != owner:
-                        for rank in (part.rank, owner):  # there, and back
-                            number = rank * layout.ep + ep_index if bucket.group == "edp" else rank
-                            sent[number] += EXCHANGE_BYTES * (part.stop - part.start)
+                    holder = bucket.dp_rank(part.rank, ep_index, layout.ep)
+                    if holder != owner:
+                        for rank in (holder, owner):  # there, and back
+                            sent[rank] += EXCHANGE_BYTES * (part.stop - part.start)
     return sent
 
 
 def _padding(buckets: list[Bucket]) -> float:
     elements = sum(b.elements for b in buckets)
     return sum(b.size for b in buckets) / elements if elements else 1.0
-
-
-def _lent(experts: list[Bucket]) -> int:
-    return sum(
-        owner != matrix.offset // bucket.shard
-        for bucket in experts
-        for owners in bucket.owners
-        for matrix, owner in zip(bucket.matrices, owners, strict=True)
-    )
 
 
 def _work(layout: Layout) -> Work:

@@ -59,15 +59,14 @@ def k2_layout(stage: int, edp: int) -> Layout:
     return plan_layout(stage_specs(model, layers, K2_EP), edp, K2_EP)
 
 
-def lent(layout: Layout) -> Counter[tuple[int, int, int]]:
-    """(ep index, from, to) of every expert matrix that is not its holder's."""
-    found: Counter[tuple[int, int, int]] = Counter()
+def lent(layout: Layout) -> Counter[tuple[int, int]]:
+    """(from, to), dp ranks, of every expert matrix that is not its holder's."""
+    found: Counter[tuple[int, int]] = Counter()
     for bucket in layout.buckets:
         if bucket.group == "edp" and bucket.kind == "aligned":
-            for ep_index in range(layout.ep):
-                for number, matrix in enumerate(bucket.matrices):
-                    holder = matrix.offset // bucket.shard
-                    owner = bucket.owner(number, ep_index)
+            for ep_index, owners in enumerate(bucket.owners):
+                for matrix, owner in zip(bucket.matrices, owners, strict=True):
+                    holder = matrix.offset // bucket.shard * layout.ep + ep_index
                     if owner != holder:
-                        found[ep_index, holder, owner] += 1
+                        found[holder, owner] += 1
     return found

@@ -35,7 +35,7 @@ def test_row_factors_fit_wherever_a_shard_is_cut(ranks: int) -> None:
         group = Group("dp", tuple(range(ranks)), rank, process_group)
         buffers = BucketBuffers(bucket, group, torch.float64, torch.device("cpu"))
         buffers.parameters.fill_(1.0)
-        shard = Shard(buffers, 0, SETTINGS)
+        shard = Shard(buffers, group, 1, SETTINGS)
         (_, named) = named_ranges(bucket, 0)
         shard.scale_rows(named, factors)
         pieces.append(shard.master)
@@ -50,9 +50,9 @@ def test_a_norm_in_blocks_is_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "NORM_ELEMENTS", 7)
     slots = (Slot(Spec("b.weight", (ROWS, COLS), True, False), 0),)
     bucket = Bucket("dp", 1, "flat", slots, ROWS * COLS, owners=((0,),))
-    buffers = BucketBuffers(bucket, Group("dp"), torch.bfloat16, torch.device("cpu"))
+    buffers = BucketBuffers(bucket, alone := Group("dp"), torch.bfloat16, torch.device("cpu"))
     buffers.gradients.copy_(torch.arange(1.0, 1 + ROWS * COLS))
     n = ROWS * COLS
-    assert float(Shard(buffers, 0, SETTINGS).squared_norm()) == pytest.approx(
+    assert float(Shard(buffers, alone, 1, SETTINGS).squared_norm()) == pytest.approx(
         n * (n + 1) * (2 * n + 1) / 6, rel=1e-14
     )

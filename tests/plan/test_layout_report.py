@@ -81,6 +81,8 @@ def test_k2s_layout_keeps_its_promises(ranks: int) -> None:
         assert stage.expert_padding == 1.0
         assert stage.dense_padding <= 1.01
     assert usual(k2(ranks)).newton_schulz.imbalance <= 1.1
+    if ranks < 2048:
+        assert all(stage.newton_schulz.imbalance <= 1.1 for stage in k2(ranks).stages)
 
 
 def test_k2s_first_stage_is_uneven_and_not_the_slowest() -> None:
@@ -89,7 +91,7 @@ def test_k2s_first_stage_is_uneven_and_not_the_slowest() -> None:
     first = report.stages[0].newton_schulz
     assert first.most == first.largest_matrix
     assert first.imbalance == pytest.approx(1.157, abs=1e-3)
-    assert first.most / report.newton_schulz.most == pytest.approx(0.844, abs=1e-3)
+    assert first.most / report.newton_schulz.most == pytest.approx(0.875, abs=1e-3)
 
 
 def test_exchange_is_the_designs_formula() -> None:
@@ -108,13 +110,11 @@ def test_exchange_is_what_the_ranks_will_send(edp: int) -> None:
     layout = k2_layout(1, edp)
     sent = [0] * layout.dp
     for rank in range(layout.dp):
-        edp_index, ep_index = divmod(rank, layout.ep)
         for bucket in layout.buckets:
-            number = edp_index if bucket.group == "edp" else rank
-            exchange = plan_exchange(bucket, number, ep_index)
+            exchange = plan_exchange(bucket, rank, layout.ep)
             for there_and_back in (exchange.send, exchange.receive):
                 for peer, segments in enumerate(there_and_back):
-                    if peer != number:
+                    if peer != rank:
                         sent[rank] += EXCHANGE_BYTES * sum(s.stop - s.start for s in segments)
     assert exchange_bytes(layout) == sent
 
