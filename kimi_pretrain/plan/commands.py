@@ -15,7 +15,7 @@ from kimi_pretrain.plan.layout_report import layout_report
 from kimi_pretrain.plan.layout_table import layout_data, layout_lines
 from kimi_pretrain.plan.report import plan_data, plan_lines, refusal
 from kimi_pretrain.plan.run_plan import plan_run, token_budget
-from kimi_pretrain.plan.search import search
+from kimi_pretrain.plan.search import SECONDS, search
 from kimi_pretrain.plan.search_table import search_data, search_lines
 from kimi_pretrain.plan.shortage import shortage
 
@@ -135,8 +135,11 @@ def _search(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--gpus", type=int, required=True, help="how many")
     parser.add_argument("--top", type=int, default=10, help="layouts shown (default 10)")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help=f"it may take (default {SECONDS:g})"
+    )
     arguments = _parse(parser, argv)
-    found = search(compose(arguments.overrides), arguments.gpus, arguments.top)
+    found = search(compose(arguments.overrides), arguments.gpus, arguments.top, arguments.seconds)
     if arguments.json:
         print(json.dumps(search_data(found), indent=2))
     else:

@@ -26,7 +26,7 @@ from kimi_pretrain.plan.shortage import memory_of
 from kimi_pretrain.plan.stages import split_layers
 
 VPP = (1, 2, 4)
-SECONDS = 20.0  # for all of it; what is left then keeps its bound
+SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,14 @@ class Found:
     proved: bool  # no layout that was left out can be faster than the ranked ones
 
 
-def search(config: Config, gpus: int, top: int = 10) -> Found:
+def search(config: Config, gpus: int, top: int = 10, seconds: float = SECONDS) -> Found:
     """The ``top`` fastest layouts of ``gpus`` GPUs.
 
     Args:
         config: of the run; its layout, schedule and microbatch are what is searched.
         gpus: all of them are used.
         top: how many to rank.
+        seconds: for all of it; what is left then keeps its bound.
 
     Raises:
         ConfigError: no GPU, nothing to rank, or what ``plan_run`` refuses whatever the layout.
@@ -120,7 +121,9 @@ def search(config: Config, gpus: int, top: int = 10) -> Found:
         raise ConfigError("--gpus", gpus, "at least 1", "--gpus 8")
     if top < 1:
         raise ConfigError("--top", top, "at least 1", "--top 10")
-    clock = _Clock(monotonic() + SECONDS)
+    if not seconds > 0:
+        raise ConfigError("--seconds", seconds, "above zero", f"--seconds {SECONDS:g}")
+    clock = _Clock(monotonic() + seconds)
     precision_of(config)
     require_muonclip(config)
     hardware = Hardware.of(config.cluster)

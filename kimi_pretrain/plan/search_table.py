@@ -41,7 +41,7 @@ def search_lines(found: Found) -> Iterator[str]:
     if found.proved and found.ranked:
         yield "no other layout can be faster: each either fails or has a bound below these"
     if not found.proved:
-        yield "time ran out: a layout whose bound is higher may be faster; plan it to know"
+        yield "time ran out: a layout whose bound is higher may be faster; --seconds gives more"
     yield f"{len(found.rejected)} others (--json has the reason of each)"
     for kind, words in _KINDS.items():
         yield from _kind(words, [r for r in found.rejected if r.kind == kind])

@@ -83,6 +83,7 @@ def test_a_plan_of_k2_needs_no_torch(arguments: list[str]) -> None:
         (["cluster=h800", "--htm", "x"], "usage"),
         (["search", "cluster=h800"], "usage"),
         (["search", "--gpus", "0", "cluster=h800"], "--gpus"),
+        (["search", "--gpus", "8", "--seconds", "nan", "cluster=h800"], "--seconds"),
     ],
 )
 def test_bad_input_ends_with_code_2(

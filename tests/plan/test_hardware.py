@@ -1,5 +1,7 @@
 """Facts of clusters, and what a plan makes of them."""
 
+from pathlib import Path
+
 import pytest
 
 from kimi_pretrain.config import compose
@@ -16,6 +18,17 @@ def test_every_cluster_can_be_planned_and_says_where_from(name: str) -> None:
     cluster = compose([f"cluster={name}"]).cluster
     assert Hardware.of(cluster).name == name
     assert len(cluster.source) > 10
+
+
+def test_a_cluster_of_ones_own_brings_what_was_measured(tmp_path: Path) -> None:
+    """Catches measured efficiencies that a file cannot carry, or facts that it has to repeat."""
+    (tmp_path / "cluster").mkdir()
+    own = "defaults: [h800]\nname: ours\nefficiency: {matmul: 0.69, memory: 0.78}\n"
+    (tmp_path / "cluster" / "ours.yaml").write_text(own)
+    h = Hardware.of(compose([f"hydra.searchpath=[{tmp_path}]", "cluster=ours"]).cluster)
+    assert h.matmul == pytest.approx(989e12 * 0.69)
+    assert h.memory == pytest.approx(3.35e12 * 0.78)
+    assert h.attention == pytest.approx(989e12 * 0.50)
 
 
 def test_rates_are_facts_times_efficiencies() -> None:

@@ -26,9 +26,7 @@ MOONLIGHT = ["experiment=moonlight_16b_h800_16", "schedule.global_batch_size=256
 
 @cache
 def found() -> Found:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(searching, "SECONDS", inf)  # a busy machine must not end it
-        return search(compose(MOONLIGHT), 16, top=4)
+    return search(compose(MOONLIGHT), 16, top=4, seconds=inf)  # a busy machine must not end it
 
 
 def test_the_ranking_is_by_speed_and_fits() -> None:
@@ -112,8 +110,7 @@ def test_time_is_up_from_the_start_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a search whose limit begins after its bounds, or that starts what it cannot end."""
     clock = count()
     monkeypatch.setattr(searching, "monotonic", lambda: next(clock))  # a second a look
-    monkeypatch.setattr(searching, "SECONDS", 100)
-    late = search(compose(MOONLIGHT), 16)
+    late = search(compose(MOONLIGHT), 16, seconds=100)
     assert not late.proved
     assert sum(one.kind == "not tried" for one in late.rejected) > 20
     assert len(late.rejected) == len(list(candidates(compose(MOONLIGHT), 16)))
