@@ -1,6 +1,7 @@
 """What a person installs: the wheel holds the program and its configuration."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the sources, so that no build/ of an earlier day leaks into it."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, so that no build/ of an earlier day leaks into a package."""
     source = tmp_path_factory.mktemp("source")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         (source / name).write_bytes((ROOT / name).read_bytes())
@@ -25,6 +26,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 copy = source / file.relative_to(ROOT)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 copy.write_bytes(file.read_bytes())
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q"]
     subprocess.run(
@@ -37,11 +43,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_the_wheel_holds_every_module_and_every_configuration(wheel: Path) -> None:
+def test_the_wheel_holds_every_module_and_every_configuration(source: Path, wheel: Path) -> None:
     """Catches a package without __init__.py and a YAML file that only a checkout has."""
     inside = set(zipfile.ZipFile(wheel).namelist())
-    modules = {str(f.relative_to(ROOT)) for f in (ROOT / "kimi_pretrain").rglob("*.py")}
-    conf = {f"kimi_pretrain/{f.relative_to(ROOT)}" for f in (ROOT / "conf").rglob("*.yaml")}
+    modules = {str(f.relative_to(source)) for f in (source / "kimi_pretrain").rglob("*.py")}
+    conf = {f"kimi_pretrain/{f.relative_to(source)}" for f in (source / "conf").rglob("*.yaml")}
+    assert len(conf) > 30
     assert modules | conf | {"kimi_pretrain/py.typed"} <= inside
     foreign = [name for name in inside if not name.startswith(("kimi_pretrain/", "kimi_pretrain-"))]
     assert foreign == []
@@ -100,12 +107,18 @@ def test_importing_the_package_is_free() -> None:
 
 
 @pytest.mark.slow
-def test_a_fresh_environment_installs_and_runs(tmp_path: Path) -> None:
-    """Catches a dependency that only the developers' environment has."""
+def test_a_fresh_environment_installs_and_runs(source: Path, tmp_path: Path) -> None:
+    """Catches a dependency that only the developers' environment has, and a torch that pip's
+    isolated build does not find: the kernels would be left out."""
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
-    subprocess.run([str(python), "-m", "pip", "install", "-q", str(ROOT)], check=True)
+    for what in ("torch==2.13.0", str(source)):
+        subprocess.run([str(python), "-m", "pip", "install", "-q", what], check=True)
     program = str(tmp_path / "venv" / "bin" / "kimi-pretrain")
     command = [program, "train", "experiment=smoke", f"run_dir={tmp_path / 'run'}"]
-    subprocess.run(command, check=True, cwd=tmp_path, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, check=True, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
     assert (tmp_path / "run" / "metrics.jsonl").is_file()
+    if shutil.which(build.compiler()) is not None:
+        assert "kernels    native" in done.stdout
