@@ -66,15 +66,19 @@ KIMI_INLINE bf16 from_float<bf16>(float x) {
 #endif
 }
 
-// from_float of what was computed from bf16 numbers and tiles alone. A NaN that comes of those has
-// zeros in its lower half, so that rounding cannot carry out of it, and no check is needed.
+// A float's bits with bf16's rounding in their upper half, for what was computed from bf16 numbers
+// and tiles alone. A NaN that comes of those has zeros in its lower half, so that rounding cannot
+// carry out of it, and no check is needed.
+KIMI_INLINE uint32_t rounded_narrow(float x) {
+  const uint32_t bits = bits_of(x);
+  return bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+// from_float of the same.
 template <class T>
 KIMI_INLINE T from_narrow(float x) {
 #if !defined(__CUDA_ARCH__)
-  if constexpr (sizeof(T) == sizeof(bf16)) {
-    const uint32_t bits = bits_of(x);
-    return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
-  }
+  if constexpr (sizeof(T) == sizeof(bf16)) return {uint16_t(rounded_narrow(x) >> 16)};
 #endif
   return from_float<T>(x);
 }
