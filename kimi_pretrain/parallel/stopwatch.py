@@ -1,8 +1,8 @@
 """Where one rank's time goes: the stretches of a step, one after another, and waits within them.
 
-A wait for other ranks is communication that nothing hides. On a CPU moments are the host's
-clock. On an accelerator ``Handle.wait`` holds up the device's stream and not the host, so
-moments are events on that stream, and are looked up when the step is over.
+A wait for other ranks, or for copies, is communication that nothing hides. On a CPU moments are
+the host's clock. On an accelerator ``Handle.wait`` holds up the device's stream and not the host,
+so moments are events on that stream, and are looked up when the step is over.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from time import perf_counter
 
 import torch
 
-# Groups by kind -> what a wait for them is called. Replicas of experts and of dense parameters
-# are two kinds of the same thing here.
-_WAITS = {"ep": "ep", "pp": "pp", "edp": "dp", "dp": "dp", "world": "world"}
+# Groups by kind, and copies to the host -> what a wait for them is called. Replicas of experts and
+# of dense parameters are two kinds of the same thing here.
+_WAITS = {"ep": "ep", "pp": "pp", "edp": "dp", "dp": "dp", "world": "world", "offload": "offload"}
 
 Moment = float | torch.Event
 
@@ -41,7 +41,7 @@ class Stopwatch:
             self._marks.append((stretch, self.now()))
 
     def waiting(self, kind: str) -> AbstractContextManager[None]:
-        """A time in which this rank stands still for a group of that kind."""
+        """A time in which this rank stands still for a group of that kind, or for copies."""
         return _Waiting(self, kind)
 
     def waited(self, kind: str, since: Moment) -> None:

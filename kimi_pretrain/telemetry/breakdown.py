@@ -9,7 +9,7 @@ from statistics import median, median_low
 from typing import Any
 
 # The parts of a step, which add up to it. The last four are waits for other ranks.
-OWN = ("data", "compute", "optimizer")
+OWN = ("data", "compute", "optimizer", "offload")
 WAITS = ("ep", "pp", "dp", "world")
 PARTS = OWN + WAITS
 # At least so much slower than the median of its stage, a rank is worth a look.
@@ -33,10 +33,9 @@ def part_fields(parts: Mapping[str, float]) -> dict[str, float]:
 def comparison(parts: Sequence[Mapping[str, float]], seats: Sequence[Seat]) -> dict[str, Any]:
     """How the ranks spent a step: the spread of every part, and who is waited for.
 
-    Ranks of one pipeline stage do the same work, so a rank's own seconds (data, compute and
-    optimizer) are held against the median of its stage; of two ranks, against the quicker
-    one's. Between stages, which differ by design, only waiting tells: whoever everyone waits
-    for waits least.
+    Ranks of one pipeline stage do the same work, so a rank's own seconds (``OWN``) are held
+    against the median of its stage; of two ranks, against the quicker one's. Between stages,
+    which differ by design, only waiting tells: whoever everyone waits for waits least.
 
     Args:
         parts: [ranks] seconds of a step by part.

@@ -31,6 +31,7 @@ _NAMES = {
     "data": "data",
     "compute": "compute",
     "optimizer": "optimizer",
+    "offload": "exposed copies",
     "ep": "exposed ep",
     "pp": "exposed pp",
     "dp": "exposed dp",

@@ -1,18 +1,22 @@
 """How a rank keeps its activations: the configuration's policies, and room on the host."""
 
 from collections.abc import Sequence
+from functools import partial
 from math import ceil
 
 import torch
 
 from kimi_pretrain.activation.offload import Offloader
 from kimi_pretrain.activation.saved import Activations
+from kimi_pretrain.activation.timed import TimedStream
 from kimi_pretrain.config.activation import offloads, policies
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.ops.kernels import Op
 from kimi_pretrain.ops.registry import select
+from kimi_pretrain.ops.streams import open_stream
+from kimi_pretrain.parallel.stopwatch import Stopwatch
 from kimi_pretrain.pipeline.actions import Schedule
 from kimi_pretrain.plan.activations import Setting, stage_kept
 from kimi_pretrain.plan.in_flight import most_held
@@ -28,6 +32,7 @@ def open_activations(
     rank: int,
     dtype: torch.dtype,
     device: torch.device,
+    stopwatch: Stopwatch,
 ) -> Activations:
     """The activations of one rank of a pipeline.
 
@@ -38,6 +43,7 @@ def open_activations(
         rank: of the pipeline.
         dtype: of the model.
         device: of the model.
+        stopwatch: told of waits for what was offloaded.
 
     Raises:
         ConfigError: no such policy, or FP8 of a dtype that has no tiles.
@@ -54,7 +60,8 @@ def open_activations(
             setting = Setting.of(config, micro_batch_size(config))
             held = most_held(schedule, rank, [stage_kept(setting, part) for part in layers])
             size = ceil(host_slab(config, held.host) * dtype.itemsize / _PLANNED_BYTES)
-        offloader = Offloader(device, size)
+        waiting = partial(stopwatch.waiting, "offload")
+        offloader = Offloader(device, size, TimedStream(open_stream(device, "copy"), waiting))
     return Activations(
         chosen,
         offloader,

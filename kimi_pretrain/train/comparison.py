@@ -17,7 +17,7 @@ _COLUMNS = PARTS + READINGS
 class Comparison:
     """Adds up this rank's steps until they are compared with the other ranks'.
 
-    A comparison is one all-gather of 13 numbers a rank, out of the steps' time.
+    A comparison is one all-gather of 14 numbers a rank, out of the steps' time.
     """
 
     def __init__(self, world: World, gpu: Gpu | None) -> None:

@@ -65,11 +65,17 @@ class TrainStep:
     ) -> None:
         self.config, self.model, self.dispatcher, self.world = config, model, dispatcher, world
         self.optimizer = build_sharded(config.optimizer, config.parallel, model, world)
+        self.stopwatch = Stopwatch(world.device)
         activations = open_activations(
-            config, schedule, stages_of(config), world.pp.index, model.dtype, model.device
+            config,
+            schedule,
+            stages_of(config),
+            world.pp.index,
+            model.dtype,
+            model.device,
+            self.stopwatch,
         )
         self.executor = Executor(schedule, model, dispatcher, world.pp, activations=activations)
-        self.stopwatch = Stopwatch(world.device)
         for group in (world.ep, world.pp, world.edp, world.dp, world.everyone):
             group.stopwatch = self.stopwatch
 

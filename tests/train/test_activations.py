@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from kimi_pretrain.activation.saved import Activations
+from kimi_pretrain.activation.timed import TimedStream
 from kimi_pretrain.config import compose
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config
+from kimi_pretrain.parallel.stopwatch import Stopwatch
 from kimi_pretrain.train.activations import needless, open_activations
 from kimi_pretrain.train.schedule import stages_of, training_schedule
 
@@ -19,7 +21,8 @@ def configured(*overrides: str) -> Config:
 
 
 def opened(config: Config, rank: int = 0, dtype: torch.dtype = torch.bfloat16) -> Activations:
-    return open_activations(config, training_schedule(config), stages_of(config), rank, dtype, CPU)
+    schedule, stages = training_schedule(config), stages_of(config)
+    return open_activations(config, schedule, stages, rank, dtype, CPU, Stopwatch(CPU))
 
 
 def room(activations: Activations) -> int:
@@ -34,6 +37,13 @@ def test_room_on_the_host_is_the_plans() -> None:
     assert min(room(opened(config, rank)) for rank in (0, 1)) > 0
     assert room(opened(config, 0, torch.float32)) == pytest.approx(2 * room(opened(config)), abs=2)
     assert room(opened(configured("activation=k2", "activation.host_bytes=1000"))) == 1000
+
+
+def test_waits_for_copies_are_told() -> None:
+    """Catches an engine whose waits no stopwatch hears of: they would count as compute."""
+    offloader = opened(configured("activation=k2")).offloader
+    assert offloader is not None
+    assert isinstance(offloader.stream, TimedStream)
 
 
 def test_without_offloads_there_is_no_engine() -> None:
