@@ -78,6 +78,7 @@ _OPTION = re.compile(r"[a-z][a-z-]*")
 _TIME = re.compile(r"\d+(-\d+(:\d+(:\d+)?)?|:\d+(:\d+)?)?|UNLIMITED")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MOUNT = re.compile(r"/[^:,]*:/[^:,]*(:[a-z+-]+)?")
+_PROGRAM = re.compile(r"[^-=][^=]*")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 LONGEST_STOP_SECONDS = 65535  # Slurm's
 
@@ -115,6 +116,9 @@ def validate_launcher(launcher: LauncherConfig) -> None:
         text = getattr(launcher, key)
         if text is not None:
             refuse_unprintable(f"launcher.{key}", text)
+    if launcher.python is not None:  # one of srun's words, and of env's
+        rule = "a program's name or path, without a - before it and without ="
+        _matches("python", launcher.python, _PROGRAM, rule, "python3")
     _container(launcher.container)
     rule = "a command that runs another on a host"
     _require(bool(launcher.ssh), "ssh", launcher.ssh, rule, "launcher.ssh=[ssh]")

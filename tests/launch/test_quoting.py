@@ -1,7 +1,11 @@
 """User values in rendered scripts: they arrive byte by byte, or are refused in one line."""
 
+import shlex
 import subprocess
 import unicodedata
+from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,13 @@ from hypothesis import strategies as st
 
 from kimi_pretrain.config import compose
 from kimi_pretrain.config.errors import ConfigError
-from kimi_pretrain.config.launcher import SSH
+from kimi_pretrain.config.launcher import (
+    SSH,
+    ContainerConfig,
+    LauncherConfig,
+    validate_launcher,
+)
+from kimi_pretrain.config.schema import Config
 from kimi_pretrain.launch.hostfile import commands_of
 from kimi_pretrain.launch.quoting import shell_word
 from kimi_pretrain.launch.slurm import SlurmJob, job_of, render
@@ -45,6 +55,54 @@ EXECUTED = settings(
 def _has_control(text: str) -> bool:
     """Whether a character is a control, a surrogate or a separator of lines, by Unicode."""
     return any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in text)
+
+
+# What a value of a script's place looks like there, and one that nobody objects to.
+SLURM_PLACES = {
+    **{
+        key: (f"--{key}={{}}", "plain")
+        for key in ("partition", "account", "qos", "reservation", "constraint")
+    },
+    "time": ("--time={}", "30"),
+    "option": ("--{}=1", "plain"),
+    "option's value": ("--switches={}", "plain"),
+    "variable": ("{}=1", "PLAIN"),
+    "address": ("--address={}", "plain"),
+    "python": ("{}", "plain"),
+    "image": ("--container-image={}", "plain"),
+    "mount": ("--container-mounts={}", "/plain:/plain"),
+}
+HOST_PLACES = {
+    "address": ("--address={}", "plain"),
+    "python": ("{}", "plain"),
+    "variable": ("{}=1", "PLAIN"),
+    "ssh": ("{}", "plain"),
+    "hostfile": ("{}", "plain"),
+}
+# Evil values are refused nearly always; these are not.
+LIKELY = st.one_of(
+    st.text("gpu1,:[]-&|()*@._/+", max_size=12),
+    st.from_regex(r"/[a-z .$'\"]*:/[a-z #`;]*", fullmatch=True),
+    READABLE,
+)
+
+
+def _set(launcher: LauncherConfig, place: str, value: str) -> None:
+    match place:
+        case "option":
+            launcher.options = {value: "1"}
+        case "option's value":
+            launcher.options = {"switches": value}
+        case "variable":
+            launcher.environment = {value: "1"}
+        case "image":
+            launcher.container = ContainerConfig(value)
+        case "mount":
+            launcher.container = ContainerConfig("image", mounts=[value])
+        case "ssh":
+            launcher.ssh = ["ssh", value]
+        case _:
+            setattr(launcher, place, value)
 
 
 def _job(**changes: object) -> SlurmJob:
@@ -156,3 +214,76 @@ def test_words_of_a_host_arrive_as_they_were(stubs: Path, words: list[str], valu
     got, variable = _run(command[-1], stubs)
     assert got[got.index("--") + 1 :] == words
     assert variable == value
+
+
+# --- every other text that a user can give ----------------------------------------------------
+
+
+@cache
+def _composed(launcher: str) -> Config:
+    words = ["experiment=smoke", "cluster=h800", "run_dir=runs/a", "launcher.python=python3"]
+    return compose([*words, f"launcher={launcher}"])
+
+
+def _job_of(place: str, value: str, stubs: Path) -> tuple[list[str], list[str]]:
+    """The words of a script's directives and exports, and those that srun gets."""
+    config = deepcopy(_composed("slurm"))
+    config.launcher.stop_seconds = 1
+    _set(config.launcher, place, value)
+    validate_launcher(config.launcher)
+    script = render(job_of(config, ["experiment=smoke"], Path("/work")))
+    marked = [line for line in script.splitlines() if line.startswith(("#SBATCH ", "export "))]
+    read = [word for line in marked for word in shlex.split(line[1:], comments=True)]
+    return read, _run(script, stubs)[0]
+
+
+def _host_of(place: str, value: str, stubs: Path) -> tuple[list[str], list[str]]:
+    """The words of ssh before the remote command, and the words that this is to the host."""
+    config = deepcopy(_composed("hostfile"))
+    hosts = stubs / "hosts"
+    hosts.write_text(value if place == "hostfile" else "host", errors="surrogatepass")
+    _set(config.launcher, place, value)
+    config.launcher.hostfile, config.launcher.ranks_per_node = str(hosts), 8
+    validate_launcher(config.launcher)
+    (command,) = commands_of(config, ["experiment=smoke"], stubs, "1")
+    shown = command[-1].replace("exec env ", "printf '%s\\0' ", 1)
+    done = subprocess.run(["sh", "-c", shown], capture_output=True, check=True)
+    return command[:-1], done.stdout.decode().split("\0")[:-1]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "place", "looks", "plain"),
+    [
+        *((_job_of, place, *of) for place, of in SLURM_PLACES.items()),
+        *((_host_of, place, *of) for place, of in HOST_PLACES.items()),
+    ],
+)
+@EXECUTED
+@given(data=st.data())
+def test_a_launchers_value_is_refused_or_arrives(
+    stubs: Path,
+    outcome: Callable[[str, str, Path], tuple[list[str], list[str]]],
+    place: str,
+    looks: str,
+    plain: str,
+    data: st.DataObject,
+) -> None:
+    """Catches a value of any key that adds an option, a word or a command, or changes another;
+    and a refusal of more than a line."""
+    usual = outcome(place, plain, stubs)
+    for value in data.draw(st.lists(st.one_of(EVIL, LIKELY), min_size=10, max_size=10)):
+        refused = ""
+        try:
+            got = outcome(place, value, stubs)
+        except ConfigError as error:
+            refused = str(error)
+        if refused:
+            assert len(refused.splitlines()) == 1
+            continue
+        there = {looks.format(plain): looks.format(value) if value else looks[:-3]}
+        if place == "hostfile":
+            host = value.partition("#")[0].split()[0]  # a line is more than its host
+            there = {"plain": host}
+            for option in ("--address", "--name"):
+                there[f"{option}=plain"] = f"{option}={host.rpartition('@')[2]}"
+        assert got == tuple([there.get(word, word) for word in words] for words in usual)
