@@ -182,8 +182,8 @@ def _resident(what: str) -> int:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(what)))
 
 
-def planned_growth(config: Config, microbatches: int) -> float:
-    """The most that the plan says of ``Stage.step``, on the device and in the slab together."""
+def planned(config: Config, microbatches: int) -> tuple[float, float]:
+    """The most that the plan says of ``Stage.step``: on the device, and with the slab."""
     setting = Setting.of(config, 1)
     kept = stage_kept(setting, LAYERS)
     leaves = [number for number in range(microbatches - 2) if kept.host]
@@ -192,11 +192,12 @@ def planned_growth(config: Config, microbatches: int) -> float:
         row += [f"0F{number}", *[f"0OFFLOAD{number}"] * (number in leaves)]
     for number in reversed(range(microbatches)):
         row += [*[f"0PREFETCH{number - 1}"] * (number - 1 in leaves), f"0B{number}"]
-    most = slab = 0.0
+    device = most = slab = 0.0
     for held in held_along(Schedule.from_text([",".join(row)]), 0, [kept]):
         slab = max(slab, held.host)  # pages once written stay
+        device = max(device, held.device + held.gradients)
         most = max(most, held.device + held.gradients + slab)
-    return most
+    return device, most
 
 
 def _hidden(dial: int) -> int:
@@ -223,6 +224,7 @@ def main() -> None:
             f"model.moe_intermediate_size={_hidden(arguments.dial) * 2 // 7}",
             "parallel.router_weights=before_down",
             f"data.sequence_length={arguments.length}",
+            f"model.max_position_embeddings={max(4096, arguments.length)}",
         ]
     )
     stage = Stage(config, arguments.microbatches)
@@ -237,7 +239,12 @@ def main() -> None:
     for name, activations in sides.items():
         stage.step(activations)  # warm
         peaks[name] = peak_bytes(lambda chosen=activations: stage.step(chosen))
-        print(f"{name:5} peak {peaks[name] / 2**20:8.1f} MiB")
+        chosen = replace(config, activation=ActivationConfig(name))
+        says, _ = planned(chosen, arguments.microbatches)
+        print(
+            f"{name:5} peak {peaks[name] / 2**20:8.1f} MiB on the device, the plan says "
+            f"{says / 2**20:8.1f}: {peaks[name] / says:.3f}"
+        )
     here = {
         tag: text.replace("+offload", "").replace("offload", "keep")
         for tag, text in PRESETS["k2"].items()
@@ -249,7 +256,7 @@ def main() -> None:
     }.items():
         chosen = replace(config, activation=policy)
         grows = process_growth(chosen, arguments.microbatches)
-        says = planned_growth(chosen, arguments.microbatches)
+        _, says = planned(chosen, arguments.microbatches)
         print(
             f"{name:18} a step takes {grows / 2**20:8.1f} MiB of the process, the plan says "
             f"{says / 2**20:8.1f}: {grows / says:.3f}"
