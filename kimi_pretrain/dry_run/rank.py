@@ -51,6 +51,7 @@ class RankRun:
     operations: int  # of torch
     clipped: int  # heads
     seconds: float
+    cpu_seconds: float  # of all threads: what of it does not depend on other processes
 
 
 class _Watch:
@@ -120,7 +121,7 @@ def dry_run_rank(config: Config, rank: int) -> RankRun:
     Raises:
         ConfigError: ``train`` would refuse it.
     """
-    started = time.monotonic()
+    started, used = time.monotonic(), time.process_time()
     if config.optimizer.qk_clip_threshold is not None:
         config = replace(config, optimizer=replace(config.optimizer, qk_clip_threshold=_CLIPS))
     memory = LiveBytes()
@@ -170,6 +171,7 @@ def dry_run_rank(config: Config, rank: int) -> RankRun:
         operations=mode.operations,
         clipped=int(optimizer.qk_clip_metrics["number_clipped"] or 0),
         seconds=time.monotonic() - started,
+        cpu_seconds=time.process_time() - used,
     )
 
 

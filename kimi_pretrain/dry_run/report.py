@@ -32,7 +32,7 @@ def rank_lines(run: RankRun, rows: Sequence[Row]) -> Iterator[str]:
     at = run.at
     yield (
         f"rank {run.rank:,}: edp {at.edp}, pp {at.pp}, ep {at.ep}; {run.nodes:,} actions, "
-        f"{run.operations:,} operations, {run.clipped} heads clipped; {run.seconds:.1f} s"
+        f"{run.operations:,} operations, {run.clipped} heads clipped; {run.cpu_seconds:.1f} CPU s"
     )
     yield f"{'':34}{'counted':>14}{'planned':>14}{'difference':>13}"
     for row in rows:
