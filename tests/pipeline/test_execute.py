@@ -29,7 +29,13 @@ from kimi_pretrain.parallel.dispatch import (
 from kimi_pretrain.parallel.errors import PeerError
 from kimi_pretrain.pipeline.actions import Action, Kind, Schedule, leaves
 from kimi_pretrain.pipeline.execute import Executor, Work
-from kimi_pretrain.pipeline.passes import insert_offload, insert_p2p, insert_recompute
+from kimi_pretrain.pipeline.passes import (
+    insert_offload,
+    insert_p2p,
+    insert_recompute,
+    limit_weight_grad,
+    split_weight_grad,
+)
 from kimi_pretrain.pipeline.schedules import generate
 from kimi_pretrain.pipeline.timeline import COPY
 from tests.pipeline import handmade
@@ -112,6 +118,22 @@ def test_any_schedule_computes_what_one_graph_does(name: str, vpp: int) -> None:
 AGAIN_OR_AWAY = {
     tag: "recompute" if "recompute" in allowed else "offload" for tag, allowed in TAGS.items()
 }
+
+
+@pytest.mark.parametrize("most", [1, 0])
+def test_weight_gradients_that_wait_less_add_up_to_the_same(most: int) -> None:
+    """Catches one that is lost or added twice where it was moved ahead, or made whole again."""
+    whole = limit_weight_grad(generate("k2", 1, 2, len(LENGTHS)), 0)
+    late = split_weight_grad(whole, delay=[3])
+    limited = limit_weight_grad(late, most)
+    assert limited != late
+    model, loss, _ = execute(insert_p2p(limited))
+    want, wanted_loss, _ = execute(insert_p2p(late))
+    assert torch.equal(loss, wanted_loss)
+    for (n, mine), (_, other) in zip(
+        model.named_parameters(), want.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(mine.main_grad, other.main_grad, rtol=1e-12, atol=1e-15, msg=n)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
