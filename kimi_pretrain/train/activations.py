@@ -20,7 +20,7 @@ from kimi_pretrain.parallel.stopwatch import Stopwatch
 from kimi_pretrain.pipeline.actions import Schedule
 from kimi_pretrain.plan.activations import Setting, stage_kept
 from kimi_pretrain.plan.in_flight import most_held
-from kimi_pretrain.plan.memory import host_slab
+from kimi_pretrain.plan.memory import HOST_MARGIN, host_slab
 
 _PLANNED_BYTES = 2  # of an element: plans are in bf16
 
@@ -57,9 +57,7 @@ def open_activations(
     if offloads(config.activation):
         size = config.activation.host_bytes
         if size is None:
-            setting = Setting.of(config, micro_batch_size(config))
-            held = most_held(schedule, rank, [stage_kept(setting, part) for part in layers])
-            size = ceil(host_slab(config, held.host) * dtype.itemsize / _PLANNED_BYTES)
+            size = ceil(host_slab(config, _most_on_host(config, schedule, layers, rank, dtype)))
         waiting = partial(stopwatch.waiting, "offload")
         offloader = Offloader(device, size, TimedStream(open_stream(device, "copy"), waiting))
     return Activations(
@@ -82,6 +80,40 @@ def needless(config: Config, dtype: torch.dtype) -> str | None:
         "bytes a token and MoE layer, because router weights multiply them; with "
         "parallel.router_weights=before_down it keeps none"
     )
+
+
+def cramped(
+    config: Config, schedule: Schedule, layers: Sequence[range], dtype: torch.dtype
+) -> str | None:
+    """A line about a slab that is smaller than what some rank offloads by the plan; or None.
+
+    Args:
+        config: settled.
+        schedule: that the run follows.
+        layers: of every stage.
+        dtype: of the model.
+    """
+    size = config.activation.host_bytes
+    if size is None or not offloads(config.activation):
+        return None
+    needed = [_most_on_host(config, schedule, layers, rank, dtype) for rank in range(schedule.pp)]
+    most = max(needed)
+    if size >= most:
+        return None
+    return (
+        f"activation.host_bytes={size} is less than the {ceil(most)} that pipeline rank "
+        f"{needed.index(most)} has on the host at most by the plan: the rest waits on the device; "
+        f"activation.host_bytes={ceil(HOST_MARGIN * most)} has room for uneven routing too"
+    )
+
+
+def _most_on_host(
+    config: Config, schedule: Schedule, layers: Sequence[range], rank: int, dtype: torch.dtype
+) -> float:
+    """Bytes that a pipeline rank has on the host at most, with balanced routing."""
+    setting = Setting.of(config, micro_batch_size(config))
+    held = most_held(schedule, rank, [stage_kept(setting, part) for part in layers])
+    return held.host * dtype.itemsize / _PLANNED_BYTES
 
 
 def _tiles(kernels: str, device: torch.device, dtype: torch.dtype) -> tuple[Op, Op]:

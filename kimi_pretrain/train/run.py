@@ -34,10 +34,11 @@ from kimi_pretrain.telemetry.console import Console
 from kimi_pretrain.telemetry.goodput import Goodput, launched
 from kimi_pretrain.telemetry.quantities import count as written
 from kimi_pretrain.telemetry.sinks import Sinks, check_sinks, open_sinks
-from kimi_pretrain.train.activations import needless
+from kimi_pretrain.train.activations import cramped, needless
 from kimi_pretrain.train.agreement import agreed_run_dir
 from kimi_pretrain.train.comparison import Comparison, gpu_of
 from kimi_pretrain.train.resume import CONFIG, restore_latest
+from kimi_pretrain.train.schedule import stages_of
 from kimi_pretrain.train.step import TrainStep
 from kimi_pretrain.train.throughput import measure_matmul_peak
 from kimi_pretrain.train.together import together
@@ -155,9 +156,10 @@ def open_run(config: Config, world: World) -> Run:
     gpu, why_not = gpu_of(device)
     if why_not:
         console.note(why_not)
-    advice = needless(config, dtype)
-    if advice:
-        console.note(advice)
+    schedule = train_step.executor.schedule
+    for advice in (needless(config, dtype), cramped(config, schedule, stages_of(config), dtype)):
+        if advice:
+            console.note(advice)
     run = Run(
         config=config,
         directory=directory,

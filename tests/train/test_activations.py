@@ -9,7 +9,7 @@ from kimi_pretrain.config import compose
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.parallel.stopwatch import Stopwatch
-from kimi_pretrain.train.activations import needless, open_activations
+from kimi_pretrain.train.activations import cramped, needless, open_activations
 from kimi_pretrain.train.schedule import stages_of, training_schedule
 
 CPU = torch.device("cpu")
@@ -37,6 +37,24 @@ def test_room_on_the_host_is_the_plans() -> None:
     assert min(room(opened(config, rank)) for rank in (0, 1)) > 0
     assert room(opened(config, 0, torch.float32)) == pytest.approx(2 * room(opened(config)), abs=2)
     assert room(opened(configured("activation=k2", "activation.host_bytes=1000"))) == 1000
+
+
+def test_a_slab_that_is_too_small_is_told_with_the_size_that_is_not() -> None:
+    """Catches a run whose tensors stay on the device, and nobody knows why; and idle advice."""
+    layers = stages_of(configured())
+
+    def told(*overrides: str) -> str | None:
+        config = configured("activation=k2", *overrides)
+        return cramped(config, training_schedule(config), layers, torch.bfloat16)
+
+    line = told("activation.host_bytes=1000")
+    assert line is not None
+    assert "activation.host_bytes=1000 is less than the" in line
+    assert "pipeline rank 1 has on the host" in line  # the other has a dense layer
+    fix = line.split("; ")[1].split()[0]
+    assert told(fix) is None
+    assert told() is None
+    assert int(fix.split("=")[1]) == room(opened(configured("activation=k2"), rank=1))
 
 
 def test_waits_for_copies_are_told() -> None:
