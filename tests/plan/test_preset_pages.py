@@ -18,11 +18,12 @@ PRESETS = (
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_its_page(name: str) -> None:
-    """Catches a preset without a page, an empty part, a picture that is missing or no XML."""
+    """Catches a preset without a page, or that does not fit its GPUs, an empty part, a picture that is missing or no XML."""
     text = (PAGES / f"{name}.md").read_text()
     assert f"experiment={name}" in text
     plan = text.partition("<!-- plan -->")[2].partition("<!-- /plan -->")[0]
     assert "tokens/s/GPU" in plan
+    assert "fits: pipeline rank" in plan
     counted = text.partition("<!-- dry-run -->")[2].partition("<!-- /dry-run -->")[0]
     assert "\nrank " in counted
     assert "DIFFERS" not in counted
