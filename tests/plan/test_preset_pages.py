@@ -18,7 +18,8 @@ PRESETS = (
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_its_page(name: str) -> None:
-    """Catches a preset without a page, or that does not fit its GPUs, an empty part, a picture that is missing or no XML."""
+    """Catches a preset without a page, or that does not fit its GPUs, an empty part, a picture that
+    is missing or no XML."""
     text = (PAGES / f"{name}.md").read_text()
     assert f"experiment={name}" in text
     plan = text.partition("<!-- plan -->")[2].partition("<!-- /plan -->")[0]
