@@ -1,9 +1,14 @@
 // Between token order and expert order on the CPU; the slots of cuda/permute.cuh.
 #pragma once
 
+#include "prefetch.h"
 #include "rms_norm.h"
 
 namespace kimi::cpu {
+
+// Columns: a token's rows lie anywhere, and so short a piece of each is read at a time that nothing
+// but this looks ahead.
+constexpr int64_t kAhead = 4 * kPart;
 
 // Tokens [from, to); weights may be null.
 template <class T>
@@ -14,6 +19,7 @@ struct WeightedRows {
     for (int64_t j = 0; j < slots; j++) {
       const T* in = rows + inverse[j] * width;
       const float weight = weights ? weights[j] : 1.0f;
+      prefetch(in, kAhead, count);
       for (int i = 0; i < count; i++) sum[i] += weight * to_float(in[i]);
     }
     for (int i = 0; i < count; i++) y[i] = from_float<T>(sum[i]);
