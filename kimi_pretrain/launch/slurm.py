@@ -125,7 +125,7 @@ def render(job: SlurmJob) -> str:
         f"# Made by `kimi-pretrain launch slurm`, kimi_pretrain {__version__} (docs/launch.md).",
         "",
         *(f"export {name}={shell_word(name, value)}" for name, value in exports.items()),
-        f"run_dir={shell_word('run_dir', job.run_dir)}",
+        f"run_dir={shell_word('run_dir', job.run_dir)} port={job.port}",
         _first_node(job),
         _START,
         " \\\n    ".join(_step(job)),
@@ -136,14 +136,21 @@ def render(job: SlurmJob) -> str:
     return "\n".join(lines) + "\n"
 
 
-_START = """\
-start=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+# This script runs on the first node, which holds the rendezvous. The node looks itself too, but
+# its word comes when the others wait already, for two minutes.
+_START = f"""\
+start=$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}
 
-newest_checkpoint() {
+newest_checkpoint() {{
     local found=("$run_dir"/checkpoints/step-*/)
-    printf '%s' "${found[-1]}"
-}
+    printf '%s' "${{found[-1]}}"
+}}
 
+if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+    echo "kimi-pretrain: launcher.port: got $port; another program of $HOSTNAME listens at it," \\
+        "where the nodes are to meet; try another launcher.port" >&2
+    exit {exit_codes.BAD_INPUT}
+fi
 trap : TERM  # of scancel: wait for the ranks, which have heard it too
 before=$(newest_checkpoint)
 """
@@ -211,7 +218,7 @@ def _step(job: SlurmJob) -> list[str]:
         *shell_words("container", container.command() if container else []),
         f"{shell_word('launcher.python', job.python)} -m {MODULE}",
         f"--nodes={job.nodes} --ranks={job.ranks} --max-restarts={job.max_restarts}",
-        f'--address="$first" --port={job.port} --run-id="$start" --logs="$run_dir/logs/$start"',
+        '--address="$first" --port="$port" --run-id="$start" --logs="$run_dir/logs/$start"',
         "--",
         *shell_words("override", job.arguments),
     ]

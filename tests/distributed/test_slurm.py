@@ -1,6 +1,7 @@
 """Jobs on a real Slurm: submitted, signalled as before a time limit, run to the end."""
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.slurm import Slurm, running_slurm, wait_until, why_not
+from tests.distributed.slurm import Slurm, free_ports, running_slurm, wait_until, why_not
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, "-m", "kimi_pretrain", "launch", "slurm"]
@@ -33,6 +34,7 @@ RUN = (
     "cluster=cpu",
     "launcher.time=20",
     "launcher.check_memory=false",
+    f"launcher.port={free_ports(1)[0]}",  # other tests have the usual one
     "launcher.address=127.0.0.1",  # names of virtual nodes do not resolve
 )
 
@@ -161,6 +163,33 @@ def test_what_cannot_run_is_one_line(
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert says.lower() in done.stderr.lower()
     assert slurm.ask("squeue", "--noheader") == ""
+
+
+def test_a_port_that_is_taken_ends_the_job_at_once(slurm: Slurm, tmp_path: Path) -> None:
+    """Catches nodes that join a stranger, and a second node that waits for minutes for a
+    rendezvous that the first may not hold."""
+    run_dir = tmp_path / "run"
+    with socket.create_server(("", 0)) as stranger:
+        port = stranger.getsockname()[1]
+        number = _submit(slurm, run_dir, f"launcher.port={port}")
+        wait_until(lambda: slurm.state(number) == "FAILED", 30, lambda: _log(run_dir))
+    assert slurm.job(number)["ExitCode"] == "2:0"
+    assert _log(run_dir).startswith(f"kimi-pretrain: launcher.port: got {port}; another program")
+    assert _log(run_dir).count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_time_limit_itself(slurm: Slurm, tmp_path: Path) -> None:
+    """Catches a signal that Slurm sends otherwise than scancel, or too late for a checkpoint."""
+    run_dir = tmp_path / "run"
+    steps = "schedule.stages=[{name: all, shape: constant, steps: 100000}]"
+    long = ("schedule.max_steps=null", steps, "launcher.time=2", "launcher.stop_seconds=60")
+    number = _submit(slurm, run_dir, *long)
+    wait_until(lambda: slurm.job(number)["Restarts"] == "1", 180, lambda: _log(run_dir))
+    assert f"job {number}.0 ended with code 75 and goes back into the queue" in _log(run_dir)
+    slurm.ask("scancel", number)
+    names = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
+    assert names == [f"step-{len(_rows(run_dir)):08d}"]
 
 
 @pytest.mark.slow

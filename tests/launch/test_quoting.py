@@ -24,6 +24,7 @@ from kimi_pretrain.config.schema import Config
 from kimi_pretrain.launch.hostfile import commands_of
 from kimi_pretrain.launch.quoting import shell_word
 from kimi_pretrain.launch.slurm import SlurmJob, job_of, render
+from tests.distributed.slurm import free_ports
 
 # What stands in for srun, scontrol and a host's python: its words, each ended by a zero byte.
 _DUMP = """\
@@ -32,6 +33,8 @@ for word in "$@"; do printf '%s\\0' "$word"; done >> "$DUMP"
 [ -z "$ENVIRONMENT" ] || printf '%s\\0' "$FUZZED" > "$ENVIRONMENT"
 """
 _SCONTROL = "#!/bin/sh\necho node-a\necho node-b\n"
+
+(PORT,) = free_ports(1)  # the script ends where somebody listens at its port
 
 PIECES = (
     *("$(touch /tmp/owned)", "`id`", "'", '"', "\\", "\n", "\r", "#SBATCH --wrap=id", " ", "%j"),
@@ -111,7 +114,7 @@ def _job(**changes: object) -> SlurmJob:
         ["experiment=smoke"],
         Path("/work"),
     )
-    return SlurmJob(**{**vars(job), **changes})
+    return SlurmJob(**{**vars(job), "port": PORT, **changes})
 
 
 @pytest.fixture
@@ -228,7 +231,7 @@ def _composed(launcher: str) -> Config:
 def _job_of(place: str, value: str, stubs: Path) -> tuple[list[str], list[str]]:
     """The words of a script's directives and exports, and those that srun gets."""
     config = deepcopy(_composed("slurm"))
-    config.launcher.stop_seconds = 1
+    config.launcher.stop_seconds, config.launcher.port = 1, PORT
     _set(config.launcher, place, value)
     validate_launcher(config.launcher)
     script = render(job_of(config, ["experiment=smoke"], Path("/work")))

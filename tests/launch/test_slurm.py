@@ -9,6 +9,7 @@ import pytest
 from kimi_pretrain.config import compose
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.launch.slurm import SlurmJob, job_name, job_of, render
+from tests.distributed.slurm import free_ports
 
 K2 = (
     "experiment=k2_1t_h800_2048",
@@ -200,7 +201,7 @@ def _requeued(folder: Path, code: int, progress: bool, state: str) -> str:
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "node-a",
     }
-    script = render(replace(_job(), run_dir=str(run_dir)))
+    script = render(replace(_job(), run_dir=str(run_dir), port=free_ports(1)[0]))
     done = subprocess.run(["bash"], input=script, text=True, env=variables, check=False)
     assert done.returncode == code
     requeued = run_dir / "requeued"
