@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from kimi_pretrain.checkpoint.run_lock import hold_run_dir
 from kimi_pretrain.config import exit_codes
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.data.batches import Batch
 from kimi_pretrain.optim.lr import learning_rate
+from kimi_pretrain.parallel.rendezvous import Place
 from kimi_pretrain.parallel.world import open_world
 from kimi_pretrain.train.agreement import facts_of_run
 from kimi_pretrain.train.ending import evaluate_run, finish
@@ -37,6 +39,8 @@ def train(config: Config) -> int:
             the data, the run directory or an optional package can show to be wrong.
         PeerError: another rank failed or did not answer in time.
     """
+    if Place.of_environment().rank == 0:  # refused before the ranks wait for one another
+        hold_run_dir(Path(config.run_dir)).close()
     facts = facts_of_run(config)
     with open_world(config.parallel, facts) as world, stop_on_signal() as stop:
         run = open_run(config, world)

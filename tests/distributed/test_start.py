@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
+from kimi_pretrain.checkpoint.run_lock import hold_run_dir
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import ParallelConfig
 from kimi_pretrain.parallel.errors import PeerError
@@ -214,8 +216,11 @@ def test_who_has_met_does_not_come_again_to_refuse() -> None:
 # --- the whole program -----------------------------------------------------------------------
 
 
+RUNS = TemporaryDirectory()
+
+
 def _train(rank: int, size: int, port: int, *overrides: str) -> subprocess.Popen[str]:
-    """One rank of a training that is refused before anything is written."""
+    """One rank of a training that is refused before it begins."""
     return _ranked(["-m", "kimi_pretrain.train"], rank, size, port, *overrides)
 
 
@@ -223,7 +228,7 @@ def _ranked(
     program: list[str], rank: int, size: int, port: int, *overrides: str
 ) -> subprocess.Popen[str]:
     variables = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, *program, "experiment=smoke", "run_dir=/dev/null"]
+    command = [sys.executable, *program, "experiment=smoke", f"run_dir={RUNS.name}/run"]
     return subprocess.Popen(
         [*command, f"parallel.dp={size}", "schedule.global_batch_size=24", *overrides],
         env=os.environ | {name: str(value) for name, value in variables.items()},
@@ -297,6 +302,27 @@ def test_a_refusal_of_one_rank_alone_is_heard() -> None:
     _, err = rank.communicate(timeout=90)
     assert err.startswith("kimi-pretrain: rank 1: optimizer.lr: got -1.0; ")
     assert (rank.returncode, err.count("\n")) == (2, 1)
+
+
+def test_a_run_directory_in_use_is_one_line_from_rank_0(tmp_path: Path) -> None:
+    """Catches two runs in one directory under a launcher of one's own, and ranks that form groups
+    only to hear of it."""
+    port, run_dir = _free_port(), f"run_dir={tmp_path}"
+    with hold_run_dir(tmp_path):
+        ranks = [_train(rank, 2, port, run_dir) for rank in (1, 0)]
+        (_, other), (out, err) = [rank.communicate(timeout=90) for rank in ranks]
+    assert err.startswith(f"kimi-pretrain: run_dir: got '{tmp_path}'; another process is"), err
+    assert (out, err.count("\n"), other) == ("", 1, "")
+    assert [rank.returncode for rank in ranks] == [2, 2]
+
+
+def test_a_store_port_in_use_is_one_line() -> None:
+    """Catches a traceback where MASTER_PORT is another program's."""
+    with socket.create_server(("", 0)) as stranger:
+        rank = _train(0, 2, stranger.getsockname()[1], "parallel.timeout_seconds=3")
+        out, err = rank.communicate(timeout=90)
+    assert err.startswith("kimi-pretrain: MASTER_PORT: got "), err
+    assert (out, err.count("\n"), rank.returncode) == ("", 1, 2)
 
 
 def test_torchrun_with_too_many_ranks_is_refused(tmp_path: Path) -> None:
