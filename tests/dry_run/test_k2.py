@@ -20,9 +20,7 @@ def test_a_rank_is_as_planned_within_a_minute(dp: int, rank: str, tmp_path: Path
     overrides = ["experiment=k2_1t_h800_2048", f"parallel.dp={dp}"]
     command = ["plan", "--dry-run", "--json", "--ranks", rank, *overrides]
     with (tmp_path / "said").open("w") as said:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "kimi_pretrain.cli", *command], stdout=said
-        )
+        process = subprocess.Popen([sys.executable, "-m", "kimi_pretrain", *command], stdout=said)
         _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
