@@ -43,6 +43,7 @@ from kimi_pretrain.config import compose
 from kimi_pretrain.config.activation import PRESETS, offloads, policies
 from kimi_pretrain.config.schema import ActivationConfig, Config
 from kimi_pretrain.model.chunk import Chunk
+from kimi_pretrain.model.hand_out import hand_out
 from kimi_pretrain.model.microbatch import Microbatch
 from kimi_pretrain.model.tape import ChunkTape, backward_steps, forward_steps, straight
 from kimi_pretrain.ops import registry
@@ -93,8 +94,10 @@ class Stage:
             torch.nn.init.normal_(parameter, std=0.02)
             parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
             parameter.main_grad_deferral = self.deferral  # type: ignore[attr-defined]
+        kernels = registry.kernels_for("auto", "cpu", torch.bfloat16)  # as in a run
+        hand_out(self.chunk, kernels)
         self.shared = Microbatch.build(model, length, torch.bfloat16, CPU)
-        self.dispatcher = LocalDispatcher(weights_at_experts=True)
+        self.dispatcher = LocalDispatcher(weights_at_experts=True, kernels=kernels)
         self.microbatches = microbatches
         self.x = torch.randn(1, length, model.hidden_size, dtype=torch.bfloat16)
 
@@ -213,7 +216,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the other core is the copies'
     print_header("activation memory of one K2 layer", ["torch"])
-    print(f"kernels: {registry.explain()['quantise_tiles']} for FP8 tiles")
+    print(f"kernels: {registry.summary('auto', 'cpu', torch.bfloat16)}")
     config = compose(
         [
             "model=k2_family",
