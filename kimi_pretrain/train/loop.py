@@ -16,6 +16,7 @@ from kimi_pretrain.config.schema import Config
 from kimi_pretrain.data.batches import Batch
 from kimi_pretrain.optim.lr import learning_rate
 from kimi_pretrain.parallel.rendezvous import Place
+from kimi_pretrain.parallel.topology import Topology
 from kimi_pretrain.parallel.world import open_world
 from kimi_pretrain.train.agreement import facts_of_run
 from kimi_pretrain.train.ending import evaluate_run, finish
@@ -39,8 +40,9 @@ def train(config: Config) -> int:
             the data, the run directory or an optional package can show to be wrong.
         PeerError: another rank failed or did not answer in time.
     """
-    if Place.of_environment().rank == 0:  # refused before the ranks wait for one another
-        hold_run_dir(Path(config.run_dir)).close()
+    place = Place.of_environment()
+    if place.rank == 0 and place.world == Topology.of_config(config.parallel).world:
+        hold_run_dir(Path(config.run_dir)).close()  # refused before ranks wait for one another
     facts = facts_of_run(config)
     with open_world(config.parallel, facts) as world, stop_on_signal() as stop:
         run = open_run(config, world)
