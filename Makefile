@@ -88,19 +88,18 @@ $(VENV)/made:
 	@echo "making $(VENV) from $$($(PYTHON) --version)"
 	@if $(PYTHON) $(HAS_TORCH); then $(PYTHON) -m venv --system-site-packages $(VENV); \
 	    else $(PYTHON) -m venv $(VENV); fi
+	@$(PIP) 'setuptools>=77'
 	@$(BIN)/python $(HAS_TORCH) || $(PIP) --retries 2 $(TORCH)
 	@touch $@
 
 # Without build isolation: csrc/ is compiled against the torch that is installed, with its setuptools.
 $(VENV)/core: $(VENV)/made setup.py $(CSRC)
 	@echo "installing kimi_pretrain, its kernels compiled"
-	@$(PIP) 'setuptools>=77'
 	@$(PIP) --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/dev: $(VENV)/made setup.py $(CSRC)
 	@echo "installing kimi_pretrain with the tools for tests, its kernels compiled"
-	@$(PIP) 'setuptools>=77'
 	@$(PIP) --no-build-isolation -e '.[dev]'
 	@touch $(VENV)/core $@
 
