@@ -54,7 +54,7 @@ class Late:
         self._stream.close()
 
 
-class _Unheeded:
+class Unheeded:
     """A ticket for which nobody waits."""
 
     done = True
@@ -71,7 +71,7 @@ class Hasty:
 
     def run(self, work: Work) -> Ticket:
         self._stream.run(work)
-        return _Unheeded()
+        return Unheeded()
 
     def close(self) -> None:
         self._stream.close()

@@ -31,6 +31,8 @@ kimi-pretrain COMMAND --help says more; docs/configuration.md lists what can be 
 Completion: eval "$(kimi-pretrain train --shell-completion install=bash)"
 """
 
+_OF_RANKS = ("train", "doctor")
+
 # Seconds that other ranks leave to rank 0: where all fail at once, and where each in its time.
 SHARED_TURN, OWN_TURN = 1.0, 5.0
 
@@ -59,12 +61,14 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ConfigError, PeerError) as error:
-        _say(error)
+        _say(error, of_ranks=word in _OF_RANKS)
         return exit_codes.PEER if isinstance(error, PeerError) else exit_codes.BAD_INPUT
 
 
-def _say(error: ConfigError | PeerError) -> None:
+def _say(error: ConfigError | PeerError, of_ranks: bool) -> None:
     """One line for all ranks: rank 0's.
+
+    ``of_ranks``: the command is one whose processes meet.
 
     A rank that is refused before it met the others tells them, and leaves the line to rank 0.
     The others give rank 0 time to speak, since a launcher ends all ranks once one of them has
@@ -74,7 +78,7 @@ def _say(error: ConfigError | PeerError) -> None:
     if rank == "0":
         print(f"kimi-pretrain: {error}", file=sys.stderr, flush=True)
     shared = error.shared if isinstance(error, PeerError) else isinstance(error, SharedConfigError)
-    if isinstance(error, ConfigError) and not shared:
+    if of_ranks and isinstance(error, ConfigError) and not shared:
         shared = _told_the_others(error)
     if rank != "0":
         time.sleep(SHARED_TURN if shared else OWN_TURN)

@@ -13,7 +13,8 @@ constexpr int kNormBlock = 256;
 // Two blocks for each of an H100's 132 multiprocessors; a constant, so that no other GPU rounds
 // otherwise.
 constexpr int64_t kStrips = 264;
-constexpr size_t kSharedBytes = 48 << 10;  // of a block, on every GPU
+// Of a block, on every GPU, less what its sums take beside the row of a strip.
+constexpr size_t kSharedBytes = (48 << 10) - 256;
 
 inline int64_t strips(int64_t rows) { return rows < kStrips ? rows : kStrips; }
 

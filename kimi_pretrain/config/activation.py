@@ -36,6 +36,10 @@ _ANYWHERE = ("keep", "offload")
 _REMADE = ("keep", "recompute", "offload")
 _WIDE = ("keep", "fp8", "offload", "fp8+offload")
 
+# Weighed beside the tags: what a product read, once it waits for nothing but its weight's gradient,
+# and the gradient of its output.
+WAITING, GRADIENTS = "waiting for W", "gradients"
+
 # tag -> the policies it may have
 TAGS: Mapping[str, tuple[str, ...]] = {
     "tokens": _ANYWHERE,  # input of the embedding

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
 
+from kimi_pretrain.config.activation import GRADIENTS
 from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.dry_run.rank import RankRun
 from kimi_pretrain.pipeline.actions import Action, Kind
 from kimi_pretrain.plan.activations import Setting, stage_kept
-from kimi_pretrain.plan.backward import GRADIENTS
 from kimi_pretrain.plan.in_flight import held_along
 from kimi_pretrain.plan.layout_report import exchange_bytes, rank_layout
 from kimi_pretrain.plan.memory import flying_rows

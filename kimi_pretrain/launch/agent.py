@@ -37,8 +37,15 @@ def main(watched: int, arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: None)  # its parent's; not inherited by the ranks
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # its parent's; inherited by the ranks
     threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
+    try:
+        return _run(arguments)
+    except SignalException as error:
+        return exit_codes.SIGNALLED + int(error.sigval)
+
+
+def _run(arguments: list[str]) -> int:
     options = parse_args(arguments)  # type: ignore[no-untyped-call]
-    options.signals_to_handle = "SIGQUIT"  # the handlers above stay: one has to be named
+    options.signals_to_handle = "SIGQUIT"  # the handlers of `main` stay: one has to be named
     if options.max_restarts == 0:
         logging.disable(logging.CRITICAL)  # torchrun's account of who ended and whom it ended
     else:
@@ -52,8 +59,6 @@ def main(watched: int, arguments: list[str]) -> int:
         if line:
             sys.stderr.write(f"kimi-pretrain: {line}\n")
         return code
-    except SignalException as error:
-        return exit_codes.SIGNALLED + int(error.sigval)
     except (RendezvousError, DistError) as error:
         cause = " ".join(str(error.__cause__ or error).split()[:40])
         sys.stderr.write(

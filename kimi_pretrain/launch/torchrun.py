@@ -100,11 +100,10 @@ class _Passing:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         again, self.asked = self.asked, True
+        # Before the look: a rank leaves its id, and then looks for this.
+        (self.folder / STOP).touch()
         if self.agent is None or (again and number != signal.SIGINT):
             return
-        (
-            self.folder / STOP
-        ).touch()  # before the look: a rank leaves its id, and then looks for this
         ranks = _living(self.folder)
         if again or not ranks:
             self.agent.send_signal(END)

@@ -81,7 +81,7 @@ class Executor:
         self.activations = Activations.kept() if activations is None else activations
         # told, after every segment, of the bytes on the device that backwards wait for, by tag
         self.weigh: Callable[[Mapping[str, int]], None] | None = None
-        self.look: Callable[[], None] = _nothing  # tells it now, within a step
+        self.weigh_now: Callable[[], None] = _nothing  # tells it now, within a step
         self.deferral = Deferral()
         for _, parameter in model.named_parameters():
             parameter.main_grad_deferral = self.deferral  # type: ignore[attr-defined]
@@ -93,7 +93,13 @@ class Executor:
             PeerError: another rank failed or did not answer in time; says in which action.
         """
         step = _Step(self, work)
-        self.look = step.weigh
+        self.weigh_now = step.weigh
+        try:
+            self._run(step)
+        finally:
+            self.weigh_now = _nothing  # or the step would live on
+
+    def _run(self, step: "_Step") -> None:
         for position, node in enumerate(self.schedule.ranks[self.group.index]):
             try:
                 step.do(node)

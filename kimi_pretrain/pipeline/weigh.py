@@ -8,10 +8,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kimi_pretrain.activation.saved import Activations
+from kimi_pretrain.config.activation import GRADIENTS, WAITING
 from kimi_pretrain.ops.main_grad import Product
-
-# Beside the tags: inputs of products that only W still needs, and the gradients of their outputs.
-WAITING, GRADIENTS = "waiting for W", "gradients"
 
 
 def weighed(activations: Activations, products: Iterable[Product]) -> Counter[str]:

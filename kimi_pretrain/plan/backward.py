@@ -11,13 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kimi_pretrain.config.activation import Policy
+from kimi_pretrain.config.activation import GRADIENTS, WAITING, Policy
 from kimi_pretrain.plan.operations import BF16, FP8, Operation, Segment, Stored
 
 # Tags whose readers take FP8 as it lies: their tensors are never widened.
 READ_IN_FP8 = ("swiglu_in",)
-# Beside the tags: what a product read, once it waits for nothing but W, and its output's gradient.
-WAITING, GRADIENTS = "waiting for W", "gradients"
 
 
 class Bytes(NamedTuple):

@@ -249,8 +249,9 @@ def _data(config: Config, world: World) -> PreparedData:
 
 
 def _peak_flops(config: Config, world: World, dtype: torch.dtype) -> float:
-    """Of all ranks together, measured on all at once: ranks of one machine share its cores."""
-    if config.cluster.peak_flops:
+    """Of all ranks together. On CPUs measured, on all at once: ranks of one machine share its
+    cores, and a cluster's figure is that of one core in bf16."""
+    if config.cluster.peak_flops and config.cluster.device != "cpu":
         return config.cluster.peak_flops * world.size
     world.everyone.barrier()
     peak = torch.tensor([measure_matmul_peak(dtype, world.device)], dtype=torch.float64)

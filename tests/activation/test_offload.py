@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.offload_stress import Hasty, Late, _Unheeded, poison, stress
+from benchmarks.offload_stress import Hasty, Late, Unheeded, poison, stress
 from kimi_pretrain.activation.handles import Fp8Tile, Keep
 from kimi_pretrain.activation.offload import MOVES, Offload, Offloader, OffloadError, State
 from kimi_pretrain.ops.fp8_tiles import dequantise_tiles, quantise_tiles
@@ -56,7 +56,7 @@ class UnwaitedSettle(Offloader):
     """An engine that frees device memory before it was read."""
 
     def settle(self, mark: int) -> None:
-        self._leaving = deque(replace(parcel, ticket=_Unheeded()) for parcel in self._leaving)
+        self._leaving = deque(replace(parcel, ticket=Unheeded()) for parcel in self._leaving)
         super().settle(mark)
 
 
@@ -68,7 +68,7 @@ class UnwaitedLoad(Offloader):
         ticket = super().fetch(asked)
         for handle in asked:
             if handle.state is State.COMING:
-                handle.ticket = _Unheeded()
+                handle.ticket = Unheeded()
         return ticket
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kimi_pretrain.activation.handles import Chain, Fp8Tile, Ref
-from kimi_pretrain.config.activation import PRESETS, TAGS
+from kimi_pretrain.config.activation import GRADIENTS, PRESETS, TAGS, WAITING
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.parallel.world import World, open_world
@@ -20,7 +20,6 @@ from kimi_pretrain.pipeline.actions import Schedule
 from kimi_pretrain.pipeline.execute import Executor, Work
 from kimi_pretrain.pipeline.passes import insert_recompute
 from kimi_pretrain.plan.activations import Setting, stage_kept
-from kimi_pretrain.plan.backward import GRADIENTS, WAITING
 from kimi_pretrain.plan.in_flight import held_along
 from kimi_pretrain.train.schedule import stages_of
 from kimi_pretrain.train.step import TrainStep
@@ -159,14 +158,14 @@ def looking_inside(executor: Executor) -> Iterator[None]:
         tensor, before = read(ref), put_off
         put_off = len(executor.deferral.into or ())
         if put_off != before:
-            executor.look()
+            executor.weigh_now()
         return tensor
 
     def computed(chain: Chain) -> list[Tensor]:
         inputs = chain._inputs  # still there when it ends
         made = results(chain)
         if inputs:
-            executor.look()
+            executor.weigh_now()
         return made
 
     def widened(tile: Fp8Tile) -> Tensor:
@@ -174,7 +173,7 @@ def looking_inside(executor: Executor) -> Iterator[None]:
         whole = load(tile)
         if not there:
             tile.parts = parts  # so are the codes
-            executor.look()
+            executor.weigh_now()
             tile.parts = []
         return whole
 

@@ -172,7 +172,7 @@ def test_a_port_that_is_taken_ends_the_job_at_once(slurm: Slurm, tmp_path: Path)
     with socket.create_server(("", 0)) as stranger:
         port = stranger.getsockname()[1]
         number = _submit(slurm, run_dir, f"launcher.port={port}")
-        wait_until(lambda: slurm.state(number) == "FAILED", 30, lambda: _log(run_dir))
+        wait_until(lambda: slurm.state(number) == "FAILED", 90, lambda: _log(run_dir))
     assert slurm.job(number)["ExitCode"] == "2:0"
     assert _log(run_dir).startswith(f"kimi-pretrain: launcher.port: got {port}; another program")
     assert _log(run_dir).count("\n") == 1
