@@ -115,11 +115,16 @@ class _Passing:
 @contextmanager
 def _passing_on(folder: Path) -> Iterator[_Passing]:
     passing = _Passing(folder)
-    previous = [signal.signal(number, passing.handle) for number in STOP_SIGNALS]
+    handlers = dict.fromkeys(STOP_SIGNALS, passing.handle)
+    if (
+        signal.getsignal(END) == signal.SIG_IGN
+    ):  # nohup: torchrun would ignore it too, until it runs
+        handlers[END] = lambda *_: None
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield passing
     finally:
-        for number, handler in zip(STOP_SIGNALS, previous, strict=True):
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
