@@ -116,9 +116,7 @@ class _Passing:
 def _passing_on(folder: Path) -> Iterator[_Passing]:
     passing = _Passing(folder)
     handlers = dict.fromkeys(STOP_SIGNALS, passing.handle)
-    if (
-        signal.getsignal(END) == signal.SIG_IGN
-    ):  # nohup: torchrun would ignore it too, until it runs
+    if signal.getsignal(END) == signal.SIG_IGN:  # nohup's, which torchrun would start with
         handlers[END] = lambda *_: None
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:

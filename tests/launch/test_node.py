@@ -65,11 +65,15 @@ def test_a_log_folder_that_cannot_be_made_is_one_line(capsys: pytest.CaptureFixt
     assert "n1: run_dir: got '/proc/none'; every node writes" in capsys.readouterr().err
 
 
-def test_a_node_that_is_told_to_stop_before_it_has_started_stops(tmp_path: Path) -> None:
-    """Catches a signal before anybody heard it, which ended the node as if it had been lost."""
+@pytest.mark.parametrize("wrapper", [[], ["nohup"]], ids=["plain", "nohup"])
+def test_a_node_that_is_told_to_stop_before_it_has_started_stops(
+    tmp_path: Path, wrapper: list[str]
+) -> None:
+    """Catches a signal before anybody heard it, which ended the node as if it had been lost, and
+    one that torchrun does not hear since it was started to ignore it."""
     node = replace(NODE, nodes=1, ranks=1, logs=str(tmp_path), number=0)
     done = subprocess.run(
-        [sys.executable, "-m", MODULE, *node.arguments(), "--"],
+        [*wrapper, sys.executable, "-m", MODULE, *node.arguments(), "--"],
         input=STOP,
         capture_output=True,
         timeout=60,
