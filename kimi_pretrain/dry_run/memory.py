@@ -21,7 +21,7 @@ class LiveBytes:
         self.of: Counter[str] = Counter()  # label -> bytes
         self.before_next: Callable[[], None] | None = None  # called before the next operation
         self._live: dict[int, tuple[int, str, weakref.ref[UntypedStorage]]] = {}
-        self._new: list[int] = []
+        self._new: dict[int, None] = {}  # in order
 
     def show(self, tensor: Tensor) -> None:
         """Count the storage of ``tensor``, if it is a new one."""
@@ -32,10 +32,11 @@ class LiveBytes:
         size = storage.nbytes()
         gone = weakref.ref(storage, partial(self._freed, address))
         self._live[address] = size, "", gone
-        self._new.append(address)
+        self._new[address] = None
         self.of[""] += size
         self.now += size
-        self.peak = max(self.peak, self.now)
+        if self.now > self.peak:
+            self.peak = self.now
 
     def label(self, label: str) -> None:
         """What is new since the last call, and still alive, is ``label``'s."""
@@ -51,7 +52,7 @@ class LiveBytes:
         address = tensor.untyped_storage()._cdata
         size, before, gone = self._live[address]
         if not before:
-            self._new.remove(address)
+            del self._new[address]
         self._live[address] = size, label, gone
         self.of[before] -= size
         self.of[label] += size
@@ -60,6 +61,6 @@ class LiveBytes:
         del gone
         size, label, _ = self._live.pop(address)
         if not label:
-            self._new.remove(address)
+            del self._new[address]
         self.of[label] -= size
         self.now -= size

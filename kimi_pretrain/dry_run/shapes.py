@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 
 class Effect(Enum):
@@ -53,11 +54,13 @@ class Operation:
             return NotImplemented
         if self._written is not None:
             return self._written(args, kwargs)
-        made = [
+        if len(known) == 1:
+            ((shape, stride, dtype),) = known
+            return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        return tuple(
             torch.empty_strided(shape, stride, dtype=dtype, device="meta")
             for shape, stride, dtype in known
-        ]
-        return made[0] if len(made) == 1 else tuple(made)
+        )
 
 
 class Operations:
@@ -120,18 +123,19 @@ def forgotten(value: Any) -> Any:
 
 
 def _call_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return (_key(args), _key(tuple(kwargs.items()))) if kwargs else _key(args)
+    return (len(args), _key((*args, *kwargs, *kwargs.values()))) if kwargs else _key(args)
 
 
 def _key(values: Sequence[Any]) -> tuple[Any, ...]:
     """What of operands decides a result's shape, hashable."""
     key: list[Any] = []
     for value in values:
-        if isinstance(value, Tensor):
+        kind = value.__class__
+        if kind is Tensor or kind is Parameter:
             key += value.shape, value.stride(), value.dtype, value.is_meta
-        elif isinstance(value, (tuple, list)):
+        elif kind is tuple or kind is list:
             key.append(_key(value))
         else:
             # 1, 1.0 and True are equal, and promote differently; a NaN does not equal itself.
-            key += value.__class__, value if value == value else None
+            key += kind, value if value == value else None
     return tuple(key)

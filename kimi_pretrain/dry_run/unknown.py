@@ -16,6 +16,7 @@ from kimi_pretrain.dry_run.memory import LiveBytes
 from kimi_pretrain.dry_run.shapes import Effect, Operation, Operations, forgotten
 
 _aten = torch.ops.aten
+_VIEWS, _MAKES, _ELSE = Effect.VIEWS, Effect.MAKES, Effect.ELSE  # found a million times
 
 
 class Unknown(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -56,12 +57,12 @@ class Unknown(TorchDispatchMode):  # type: ignore[no-untyped-call]
             look()
         operation = self._operations.of(func)
         does = operation.does
-        if does is Effect.VIEWS:
+        if does is _VIEWS:
             return func(*args, **kwargs)
-        if does is not Effect.ELSE:
+        if does is not _ELSE:
             result = operation.repeat(args, kwargs)
             if result is not NotImplemented:
-                if does is Effect.MAKES:
+                if does is _MAKES:
                     self._show(result)
                 return result
         unknown = real = False
