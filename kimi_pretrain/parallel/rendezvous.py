@@ -87,7 +87,9 @@ def meet(place: Place, timeout: float, facts: Mapping[str, str]) -> Store:
         if place.rank == 0:
             verdict = _judge(store, place.world, timeout)
             _publish(store, verdict)
-            if verdict:
+            if "refused" in verdict:  # who starts later comes for it too
+                _let_hear(store, place.world - 1, REFUSAL_SECONDS)
+            elif verdict:
                 came = sum(store.check([_key(rank)]) for rank in range(1, place.world))
                 _let_hear(store, came, GRACE_SECONDS)
         else:

@@ -270,8 +270,6 @@ def test_a_refusal_of_all_ranks_is_one_line_from_rank_0() -> None:
     assert [rank.returncode for rank in ranks] == [2, 2]
 
 
-# Slow: about one run in ten waits for the timeout instead, for a cause that is not known yet.
-@pytest.mark.slow
 def test_a_refusal_of_one_rank_among_good_ones_is_one_line_from_rank_0() -> None:
     """Catches ranks that wait out their ten minutes for one that was refused, and then say only
     that it did not come."""
