@@ -281,6 +281,18 @@ def test_a_refusal_of_one_rank_among_good_ones_is_one_line_from_rank_0() -> None
     assert [rank.returncode for rank in ranks] == [2, 2, 2]
 
 
+def test_a_rank_that_starts_late_hears_of_a_refusal() -> None:
+    """Catches a rank 0 that leaves once all who were there have heard: one that was importing still
+    then waits ten minutes for a store that is gone."""
+    port = _free_port()
+    first, refused = _train(0, 3, port), _train(2, 3, port, "optimizer.lr=-1")
+    refused.communicate(timeout=90)
+    late = _train(1, 3, port)
+    (_, err), (_, other) = [rank.communicate(timeout=90) for rank in (first, late)]
+    assert err.startswith("kimi-pretrain: optimizer.lr on rank 2: got -1.0; "), err
+    assert (other, [rank.returncode for rank in (first, refused, late)]) == ("", [2, 2, 2])
+
+
 def test_a_refusal_of_rank_0_alone_ends_the_others_too() -> None:
     """Catches good ranks that wait for a rank 0 which was refused."""
     port = _free_port()
