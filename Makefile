@@ -35,8 +35,8 @@ train: $(VENV)/core  ## pretrain the default model (ARGS: Hydra overrides)
 test: $(VENV)/dev  ## run the tests (ARGS: pytest arguments)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(ARGS)
 
-test-slow: $(VENV)/dev  ## run the tests that take minutes
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(ARGS)
+test-slow: $(VENV)/dev $(VENV)/megatron  ## run the tests that take minutes
+	@OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/megatron $(BIN)/python -m pytest -q -m slow $(ARGS)
 
 test-slurm: system $(VENV)/dev  ## run the tests on a real Slurm, and on two hosts one of which is lost
 	@$(PIP) hydra-submitit-launcher

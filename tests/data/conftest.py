@@ -4,6 +4,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from splintr import Tokenizer as SplintrTokenizer
 
 from kimi_pretrain.config.schema import TokenizerConfig
 from kimi_pretrain.data.tokenizers import bpe, load_tokenizer
@@ -45,8 +46,7 @@ def small_tiktoken_file(tmp_path_factory, bpe_file):
 @pytest.fixture(scope="session")
 def k2_file(tmp_path_factory):
     """Kimi K2's own vocabulary, rebuilt from a package that embeds it; never committed."""
-    splintr = pytest.importorskip("splintr")
-    source = splintr.Tokenizer.from_pretrained("kimi_k2")
+    source = SplintrTokenizer.from_pretrained("kimi_k2")
     lines = [
         base64.b64encode(source.decode_token_bytes(rank)) + b" %d\n" % rank
         for rank in range(K2_RANKS)

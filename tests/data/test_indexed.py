@@ -79,12 +79,12 @@ def test_reads_what_megatron_wrote(tmp_path: Path) -> None:
     assert reader.modes is None
 
 
+@pytest.mark.slow
 def test_agrees_with_an_installed_megatron(tmp_path: Path) -> None:
-    """The frozen fixture above, checked again in both directions where Megatron is there."""
-    indexed = pytest.importorskip(
-        "megatron.core.datasets.indexed_dataset", reason="megatron-core is not installed"
-    )
-    torch = pytest.importorskip("torch")
+    """The frozen fixture above, checked again in both directions; make installs Megatron."""
+    import torch
+    from megatron.core.datasets import indexed_dataset as indexed
+
     for vocab in (65_499, 65_500):
         documents = [[5, 1, vocab - 1], [2], [3] * 300]
         write(tmp_path / "ours", documents, vocab)

@@ -3,7 +3,10 @@ import itertools
 import json
 import sys
 
+import pyarrow
 import pytest
+import zstandard
+from pyarrow import parquet
 
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.data.documents import Defect, Document, Unit, decoded, valid_text
@@ -37,7 +40,6 @@ def write(request, tmp_path):
         if request.param == ".gz":
             data = gzip.compress(data[: len(data) // 2]) + gzip.compress(data[len(data) // 2 :])
         elif request.param == ".zst":
-            zstandard = pytest.importorskip("zstandard")
             # Several frames, as pzstd and `cat` make them: stopping at the first loses text.
             compressor = zstandard.ZstdCompressor()
             data = b"".join(
@@ -69,8 +71,6 @@ def test_whole_files_and_lines(write):
 
 
 def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "a.parquet"
     values = [f"row {index}" for index in range(2500)]
     table = pyarrow.table({"id": range(2500), "text": values})

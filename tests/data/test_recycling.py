@@ -4,7 +4,7 @@ import gc
 import threading
 
 import numpy as np
-import pytest
+import torch
 
 from kimi_pretrain.data.recycling import KEPT, KINDS, BlockPool
 
@@ -31,7 +31,6 @@ def test_memory_comes_back_after_the_last_view() -> None:
 
 def test_a_tensor_is_a_view() -> None:
     """Catches a batch overwritten while the model still trains on it."""
-    torch = pytest.importorskip("torch")
     pool = BlockPool()
     tensor = torch.from_numpy(pool.empty((2, 3), np.int64))[1]
     where = tensor.data_ptr()

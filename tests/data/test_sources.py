@@ -1,6 +1,8 @@
 import os
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.data.documents import Document, Unit
@@ -61,8 +63,6 @@ def test_large_line_files_are_cut_and_nothing_is_lost(tmp_path):
 
 
 def test_parquet_is_cut_by_row_groups(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "a.parquet"
     values = [f"{index} " + os.urandom(500).hex() for index in range(4000)]
     parquet.write_table(pyarrow.table({"text": values}), path, row_group_size=300)
@@ -75,7 +75,6 @@ def test_parquet_is_cut_by_row_groups(tmp_path):
 
 def test_damaged_parquet_is_left_to_its_reader(tmp_path):
     """Refused while planning, it would hide the other defects and could not be skipped."""
-    pytest.importorskip("pyarrow")
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 not really")
     units, _ = plan([path])

@@ -81,8 +81,6 @@ def test_a_missing_package_is_one_line_before_anything_is_written(
 
 
 def test_the_sinks_of_the_extras_pass_the_check() -> None:
-    pytest.importorskip("wandb")
-    pytest.importorskip("tensorboard")
     check_sinks(config("jsonl", "wandb", "tensorboard"))
 
 
