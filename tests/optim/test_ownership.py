@@ -162,8 +162,9 @@ def test_k2s_four_layer_stages_are_balanced(edp: int, cost) -> None:
 def test_k2s_stages_are_even_at_256_and_512_ranks(stage: int, edp: int, expected: float) -> None:
     """Catches lending that leaves the last stage at 1.22, having one layer's experts only, or a
     four-layer stage at 1.4: see docs/zero1.md."""
-    assert imbalance(k2_layout(stage, edp)) == pytest.approx(expected, abs=1e-3)
-    assert expected <= 1.1
+    found = imbalance(k2_layout(stage, edp))
+    assert found == pytest.approx(expected, abs=5e-4)
+    assert found <= 1.1
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_k2s_outer_stages_are_as_even_as_their_largest_matrix_allows_at_2048_ran
 ) -> None:
     """Catches an outer stage that slows the pipeline's ranks, and figures that nobody computed."""
     layout, usual = k2_layout(stage, 8), k2_layout(1, 8)
-    assert imbalance(layout) == pytest.approx(expected, abs=1e-3)
+    assert imbalance(layout) == pytest.approx(expected, abs=5e-4)
     # Nothing else is left on that rank: no layout of whole matrices does better.
     busiest = max(work(layout))
     assert busiest == 5 * newton_schulz_flops(*largest)

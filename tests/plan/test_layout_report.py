@@ -91,7 +91,7 @@ def test_k2s_first_stage_is_uneven_and_not_the_slowest() -> None:
     first = report.stages[0].newton_schulz
     assert first.most == first.largest_matrix
     assert first.imbalance == pytest.approx(1.157, abs=1e-3)
-    assert first.most / report.newton_schulz.most == pytest.approx(0.875, abs=1e-3)
+    assert first.most / report.newton_schulz.most == pytest.approx(0.875, abs=5e-4)
 
 
 def test_exchange_is_the_designs_formula() -> None:
