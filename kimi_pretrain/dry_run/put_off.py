@@ -1,10 +1,5 @@
 """What weight gradients wait with: gradients of the outputs of products that were put off."""
 
-from functools import partial
-
-from torch import Tensor
-from torch.nn import Parameter
-
 from kimi_pretrain.dry_run.memory import LiveBytes
 from kimi_pretrain.model.rank_model import RankModel
 from kimi_pretrain.ops.main_grad import Deferral, Product
@@ -29,11 +24,8 @@ class PutOff:
         """As to the deferral's list."""
         assert self._deferral.into is not None
         self._deferral.into.append(product)
-        assert isinstance(product.add, partial)
-        for bound in product.add.args:
-            owned = isinstance(bound, Parameter) or bound is product.x
-            if isinstance(bound, Tensor) and not owned:
-                self._memory.give(bound, GRADIENTS)
+        for gradient in product.gradients:
+            self._memory.give(gradient, GRADIENTS)
         self.most = max(self.most, self._memory.of[GRADIENTS])
 
 

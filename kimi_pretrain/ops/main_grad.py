@@ -17,13 +17,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 
 class Product(NamedTuple):
     """A weight gradient that waits to be computed, and the input that waits with it."""
 
-    add: Callable[[], None]
+    add: partial[None]
     x: Tensor
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """The gradients of its outputs, which wait too: what ``add`` holds beside x and weights."""
+        held = (bound for bound in self.add.args if isinstance(bound, Tensor))
+        return [one for one in held if one is not self.x and not isinstance(one, Parameter)]
 
 
 class Deferral:
@@ -37,7 +44,7 @@ class Deferral:
         self.into: list[Product] | None = None
 
 
-def deferred(weight: Tensor, x: Tensor, add: Callable[[], None]) -> bool:
+def deferred(weight: Tensor, x: Tensor, add: partial[None]) -> bool:
     """Whether ``add``, which adds a gradient from ``x`` to ``weight.main_grad``, was put off."""
     deferral: Deferral | None = getattr(weight, "main_grad_deferral", None)
     if deferral is None or deferral.into is None:

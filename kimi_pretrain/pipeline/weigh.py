@@ -2,10 +2,8 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from functools import partial
 
 from torch import Tensor
-from torch.nn import Parameter
 
 from kimi_pretrain.activation.saved import Activations
 from kimi_pretrain.config.activation import GRADIENTS, WAITING
@@ -33,8 +31,6 @@ def weighed(activations: Activations, products: Iterable[Product]) -> Counter[st
     for product in put_off:
         count(WAITING, product.x)
     for product in put_off:
-        bound = product.add.args if isinstance(product.add, partial) else ()
-        for argument in bound:
-            if isinstance(argument, Tensor) and not isinstance(argument, Parameter):
-                count(GRADIENTS, argument)
+        for gradient in product.gradients:
+            count(GRADIENTS, gradient)
     return sizes
