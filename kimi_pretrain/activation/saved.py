@@ -42,14 +42,6 @@ class Activations:
         """Everything is kept as it is."""
         return cls(dict.fromkeys(TAGS, _KEEP))
 
-    def device_bytes(self) -> dict[str, int]:
-        """Bytes that lie on the device now, by tag: of all microbatches that are under way."""
-        total: dict[str, int] = {}
-        for saved in self.live:
-            for tag, size in saved.device_bytes().items():
-                total[tag] = total.get(tag, 0) + size
-        return total
-
     def handle(self, tag: str, tensor: Tensor) -> Handle:
         """What keeps ``tensor``'s storage."""
         inner: Handle
