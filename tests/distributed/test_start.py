@@ -14,7 +14,7 @@ from kimi_pretrain.checkpoint.run_lock import hold_run_dir
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import ParallelConfig
 from kimi_pretrain.parallel.errors import PeerError
-from kimi_pretrain.parallel.rendezvous import Place, disagreement, meet, named
+from kimi_pretrain.parallel.rendezvous import Place, meet
 from kimi_pretrain.parallel.world import open_world
 from tests.distributed.ranks import run_ranks
 
@@ -109,18 +109,6 @@ def _report_length(rank: int, size: int) -> int:
 def test_a_report_is_short_whatever_it_stands_for() -> None:
     """Catches whole configurations of 4,096 ranks, which rank 0 would read one by one."""
     assert run_ranks(3, _report_length) == [32, 32, 32]
-
-
-def test_a_disagreement_names_the_odd_ones() -> None:
-    """Catches a line that blames the majority, a key that only some ranks have, and a
-    consequence (a digest) named before its cause."""
-    assert disagreement([{"a": "1"}] * 3) is None
-    assert disagreement([{"a": "1", "b": "2"}, {"b": "2", "a": "1"}]) is None
-    error = disagreement([{"seed": "1", "digest": "1"}, {"seed": "2", "digest": "2"}])
-    assert str(error).startswith("seed on rank 1: ")
-    error = disagreement([{"a": "1", "seed": "2"}, {"a": "1"}, {"a": "1", "seed": "2"}])
-    assert str(error).startswith("seed on rank 1: got 'nothing'; ")
-    assert named(range(300)) == "ranks 0, 1, 2, 3, 4, 5, 6, 7, ... (300 in all)"
 
 
 # --- rank 0's own store, as where a launcher only sets the environment ---------------------
