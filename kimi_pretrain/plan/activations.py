@@ -11,7 +11,6 @@ from functools import partial
 from kimi_pretrain.config.activation import Policy
 from kimi_pretrain.plan.backward import Backward, backward_of, kept_size, living
 from kimi_pretrain.plan.operations import (
-    FP8,
     Segment,
     Setting,
     Stored,
@@ -21,10 +20,8 @@ from kimi_pretrain.plan.operations import (
 )
 
 __all__ = [
-    "FP8",
     "Kept",
     "Setting",
-    "gradients_until_w",
     "layer_kept",
     "layer_leaves",
     "layer_phases",
@@ -132,15 +129,6 @@ def stage_kept(setting: Setting, layers: range, only: str | None = None) -> Kept
     ``only``: count tensors of this tag (backward.py: or beside the tags); None: everything.
     """
     return Kept.of(_stage(setting, layers), setting.policies, setting.tokens, only)
-
-
-def gradients_until_w(setting: Setting, layers: range) -> float:
-    """Bytes of one microbatch that a stage's weight gradients wait with, between I and W.
-
-    The gradients of all outputs of matrix products; their inputs are counted as kept.
-    """
-    segments = _stage(setting, layers)
-    return setting.tokens * sum(op.owes for segment in segments for op in segment)
 
 
 def _stage(setting: Setting, layers: range) -> list[Segment]:

@@ -11,7 +11,7 @@ from kimi_pretrain.config.schema import Config, ModelConfig
 from kimi_pretrain.config.settled import micro_batch_size
 from kimi_pretrain.parallel.topology import Topology
 from kimi_pretrain.pipeline.costs import Costs, Extra, Phases
-from kimi_pretrain.plan.activations import FP8, Setting, layer_leaves, layer_phases
+from kimi_pretrain.plan.activations import Setting, layer_leaves, layer_phases
 from kimi_pretrain.plan.communication import all_to_all, message
 from kimi_pretrain.plan.flops import (
     head_flops,
@@ -21,6 +21,7 @@ from kimi_pretrain.plan.flops import (
     up_projection_flops,
 )
 from kimi_pretrain.plan.hardware import Hardware
+from kimi_pretrain.plan.operations import FP8
 from kimi_pretrain.plan.shapes import stage_specs
 
 BF16 = 2

@@ -7,7 +7,7 @@ import torch
 
 from kimi_pretrain.activation.saved import Activations
 from kimi_pretrain.config import compose
-from kimi_pretrain.config.activation import policies
+from kimi_pretrain.config.activation import GRADIENTS, policies
 from kimi_pretrain.config.errors import ConfigError
 from kimi_pretrain.config.schema import Config
 from kimi_pretrain.model.chunk import Chunk
@@ -16,7 +16,7 @@ from kimi_pretrain.model.record import StepRecord
 from kimi_pretrain.model.tape import ChunkTape, forward_steps, straight
 from kimi_pretrain.ops import attention as attention_ops
 from kimi_pretrain.parallel.dispatch import LocalDispatcher
-from kimi_pretrain.plan.activations import Setting, gradients_until_w, layer_kept, stage_kept
+from kimi_pretrain.plan.activations import Setting, layer_kept, stage_kept
 from kimi_pretrain.plan.operations import (
     ATTENTION_KEPT_ELEMENTS,
     ATTENTION_MAX_ROWS,
@@ -122,8 +122,10 @@ def test_the_last_stage_keeps_no_gradient_of_the_head() -> None:
 
 def test_weight_gradients_wait_with_all_outputs() -> None:
     """Catches a dense layer counted as an expert layer."""
-    moe = gradients_until_w(k2("none"), range(5, 6))
-    dense = gradients_until_w(k2("none"), range(1))
+    moe, dense = (
+        stage_kept(k2("none"), layers, GRADIENTS).backward(False, True).waits.gradients
+        for layers in (range(5, 6), range(1))
+    )
     shared = 1536 + 64 * 192 + 576 + 64 * 256 + 7168
     assert moe == 4096 * (2 * (shared + 9 * (4096 + 7168)) + 4 * 384)
     assert dense == 4096 * 2 * (shared + 2 * 18432 + 7168)
